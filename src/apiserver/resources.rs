@@ -1,0 +1,615 @@
+//! `RESOURCES`: one row per kind. Routes, discovery, OpenAPI paths, storage keys, short names and selectable fields
+//! follow from it. Built-in rows are plain data; rows of custom resources have the same type.
+
+use crate::strategy::{self, Strategy};
+use bytes::Bytes;
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::{Arc, LazyLock};
+
+/// Text of a row: static for built-in kinds, owned for custom ones.
+pub type Text = Cow<'static, str>;
+
+/// Whether objects of a kind live in a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    Namespaced,
+    Cluster,
+}
+
+/// A set of verbs. Discovery prints them in alphabetical order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verbs(u16);
+
+impl Verbs {
+    pub const CREATE: Verbs = Verbs(1);
+    pub const DELETE: Verbs = Verbs(1 << 1);
+    pub const DELETECOLLECTION: Verbs = Verbs(1 << 2);
+    pub const GET: Verbs = Verbs(1 << 3);
+    pub const LIST: Verbs = Verbs(1 << 4);
+    pub const PATCH: Verbs = Verbs(1 << 5);
+    pub const UPDATE: Verbs = Verbs(1 << 6);
+    pub const WATCH: Verbs = Verbs(1 << 7);
+    pub const ALL: Verbs = Verbs(0xff);
+    /// What a status-like subresource has.
+    pub const GET_PATCH_UPDATE: Verbs = Verbs(Self::GET.0 | Self::PATCH.0 | Self::UPDATE.0);
+    /// What a proxy subresource has.
+    pub const PROXY: Verbs = Verbs(Self::CREATE.0 | Self::DELETE.0 | Self::GET_PATCH_UPDATE.0);
+    /// What exec, attach and port-forward have.
+    pub const CONNECT: Verbs = Verbs(Self::CREATE.0 | Self::GET.0);
+    const NAMES: [&'static str; 8] =
+        ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
+
+    /// Both sets.
+    pub const fn or(self, other: Verbs) -> Verbs {
+        Verbs(self.0 | other.0)
+    }
+
+    /// This set without `other`.
+    pub const fn without(self, other: Verbs) -> Verbs {
+        Verbs(self.0 & !other.0)
+    }
+
+    /// Whether all of `other` is in this set.
+    pub const fn contains(self, other: Verbs) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Whether the verb of this name is in the set.
+    pub fn contains_name(self, verb: &str) -> bool {
+        Self::NAMES.iter().position(|name| *name == verb).is_some_and(|bit| self.0 & (1 << bit) != 0)
+    }
+
+    /// The names, alphabetically.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        Self::NAMES.into_iter().enumerate().filter(move |(bit, _)| self.0 & (1 << bit) != 0).map(|(_, name)| name)
+    }
+}
+
+/// What a subresource does; the engine has one implementation of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SubresourceKind {
+    /// Writes only `status`.
+    Status,
+    /// `autoscaling/v1` Scale over spec.replicas.
+    Scale,
+    /// Binds a pod to a node.
+    Binding,
+    /// Deletes a pod when its disruption budgets allow it.
+    Eviction,
+    /// Issues a token of a service account.
+    Token,
+    /// Approves or denies a certificate request.
+    Approval,
+    /// Writes `spec.finalizers` of a namespace.
+    Finalize,
+    EphemeralContainers,
+    Resize,
+    Log,
+    Exec,
+    Attach,
+    PortForward,
+    Proxy,
+}
+
+/// One subresource of a kind.
+#[derive(Clone, Debug)]
+pub struct Subresource {
+    pub name: &'static str,
+    pub does: SubresourceKind,
+    pub verbs: Verbs,
+    /// Group and version when the body is of another group than the parent (both empty otherwise).
+    pub group: &'static str,
+    pub version: &'static str,
+    /// Kind of the body; empty means the parent's.
+    pub kind: &'static str,
+}
+
+/// What a kind without storage answers to a create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Virtual {
+    Binding,
+    ComponentStatus,
+    SelfSubjectReview,
+    TokenReview,
+    SubjectAccessReview,
+    LocalSubjectAccessReview,
+    SelfSubjectAccessReview,
+    SelfSubjectRulesReview,
+}
+
+/// One kind of object.
+#[derive(Clone)]
+pub struct Resource {
+    /// API group, empty for core.
+    pub group: Text,
+    /// Served versions, the preferred one first.
+    pub versions: Vec<Text>,
+    /// The version objects are stored in.
+    pub storage_version: Text,
+    pub kind: Text,
+    pub plural: Text,
+    pub singular: Text,
+    pub short_names: Vec<Text>,
+    pub categories: Vec<Text>,
+    pub scope: Scope,
+    pub verbs: Verbs,
+    pub subresources: Vec<Subresource>,
+    pub strategy: &'static Strategy,
+    /// Fields a field selector may name besides `metadata.name` and `metadata.namespace`.
+    pub fields: Vec<Text>,
+    /// Seconds after which an object disappears by itself; 0 keeps it.
+    pub ttl_seconds: u64,
+    /// Set when nothing is stored.
+    pub answers: Option<Virtual>,
+    /// `/registry/<group or "core">/<plural>/`.
+    prefix: Bytes,
+    /// `{"apiVersion":"..","kind":"..","metadata":{` with which each stored value begins.
+    head: Bytes,
+}
+
+impl Resource {
+    /// A row with the usual verbs, stored under its own group and plural in the first of `versions`.
+    pub fn new(
+        group: impl Into<Text>,
+        versions: &[&'static str],
+        kind: impl Into<Text>,
+        plural: impl Into<Text>,
+        scope: Scope,
+    ) -> Resource {
+        let kind = kind.into();
+        let mut row = Resource {
+            group: group.into(),
+            versions: versions.iter().map(|v| Text::Borrowed(*v)).collect(),
+            storage_version: versions.first().map_or(Text::Borrowed("v1"), |v| Text::Borrowed(*v)),
+            singular: Text::Owned(kind.to_ascii_lowercase()),
+            kind,
+            plural: plural.into(),
+            short_names: Vec::new(),
+            categories: Vec::new(),
+            scope,
+            verbs: Verbs::ALL,
+            subresources: Vec::new(),
+            strategy: &strategy::DEFAULT,
+            fields: Vec::new(),
+            ttl_seconds: 0,
+            answers: None,
+            prefix: Bytes::new(),
+            head: Bytes::new(),
+        };
+        row.set_storage(None);
+        row
+    }
+
+    /// Derives key prefix and head of stored values; call after changing group, plural, kind or storage version.
+    /// `shared` names the group, version and plural that hold the objects when it is another resource's storage.
+    pub fn set_storage(&mut self, shared: Option<(&str, &str, &str)>) {
+        let (group, version, plural) = shared.unwrap_or((&self.group, &self.storage_version, &self.plural));
+        let folder = if group.is_empty() { "core" } else { group };
+        let api_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
+        self.prefix = format!("/registry/{folder}/{plural}/").into();
+        self.head = format!("{{\"apiVersion\":\"{api_version}\",\"kind\":\"{}\",\"metadata\":{{", self.kind).into();
+    }
+
+    fn short(mut self, names: &[&'static str]) -> Resource {
+        self.short_names = names.iter().map(|n| Text::Borrowed(*n)).collect();
+        self
+    }
+
+    fn category(mut self, name: &'static str) -> Resource {
+        self.categories.push(Text::Borrowed(name));
+        self
+    }
+
+    fn verbs(mut self, verbs: Verbs) -> Resource {
+        self.verbs = verbs;
+        self
+    }
+
+    fn fields(mut self, names: &[&'static str]) -> Resource {
+        self.fields = names.iter().map(|n| Text::Borrowed(*n)).collect();
+        self
+    }
+
+    fn strategy(mut self, strategy: &'static Strategy) -> Resource {
+        self.strategy = strategy;
+        self
+    }
+
+    fn answers(mut self, answers: Virtual) -> Resource {
+        self.answers = Some(answers);
+        self
+    }
+
+    fn sub(mut self, name: &'static str, does: SubresourceKind, verbs: Verbs) -> Resource {
+        self.subresources.push(Subresource { name, does, verbs, group: "", version: "", kind: "" });
+        self
+    }
+
+    fn sub_of(
+        mut self,
+        name: &'static str,
+        does: SubresourceKind,
+        verbs: Verbs,
+        (group, version, kind): (&'static str, &'static str, &'static str),
+    ) -> Resource {
+        self.subresources.push(Subresource { name, does, verbs, group, version, kind });
+        self
+    }
+
+    fn status(self) -> Resource {
+        self.sub("status", SubresourceKind::Status, Verbs::GET_PATCH_UPDATE)
+    }
+
+    fn scale(self) -> Resource {
+        self.sub_of("scale", SubresourceKind::Scale, Verbs::GET_PATCH_UPDATE, ("autoscaling", "v1", "Scale"))
+    }
+
+    /// Whether objects live in a namespace.
+    pub fn is_namespaced(&self) -> bool {
+        self.scope == Scope::Namespaced
+    }
+
+    /// Whether this version is served.
+    pub fn serves(&self, version: &str) -> bool {
+        self.versions.iter().any(|v| v == version)
+    }
+
+    /// The subresource of this name.
+    pub fn subresource(&self, name: &str) -> Option<&Subresource> {
+        self.subresources.iter().find(|s| s.name == name)
+    }
+
+    /// `group/version`, or the version alone for core.
+    pub fn api_version(&self, version: &str) -> String {
+        if self.group.is_empty() { version.to_owned() } else { format!("{}/{version}", self.group) }
+    }
+
+    /// The key prefix of all objects of the kind; ends in a slash.
+    pub fn prefix(&self) -> &Bytes {
+        &self.prefix
+    }
+
+    /// The bytes each stored value begins with, up to and including the brace that opens `metadata`.
+    pub fn head(&self) -> &Bytes {
+        &self.head
+    }
+
+    /// The key prefix of a namespace's objects (all objects when `namespace` is empty); ends in a slash.
+    pub fn collection_key(&self, namespace: &str) -> Bytes {
+        if namespace.is_empty() {
+            return self.prefix.clone();
+        }
+        let mut key = Vec::with_capacity(self.prefix.len() + namespace.len() + 1);
+        key.extend_from_slice(&self.prefix);
+        key.extend_from_slice(namespace.as_bytes());
+        key.push(b'/');
+        key.into()
+    }
+
+    /// The key of one object; `namespace` is empty for cluster scope.
+    pub fn key(&self, namespace: &str, name: &str) -> Bytes {
+        let mut key = Vec::with_capacity(self.prefix.len() + namespace.len() + 1 + name.len());
+        key.extend_from_slice(&self.prefix);
+        if !namespace.is_empty() {
+            key.extend_from_slice(namespace.as_bytes());
+            key.push(b'/');
+        }
+        key.extend_from_slice(name.as_bytes());
+        key.into()
+    }
+}
+
+impl fmt::Debug for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.plural, self.group)
+    }
+}
+
+/// All built-in kinds in the order discovery lists groups.
+pub static RESOURCES: LazyLock<Vec<Arc<Resource>>> = LazyLock::new(|| rows().into_iter().map(Arc::new).collect());
+
+/// API groups in the order `/apis` lists them (upstream's priorities), the core group left out.
+pub const GROUPS: [&str; 20] = [
+    "apiregistration.k8s.io",
+    "apps",
+    "events.k8s.io",
+    "authentication.k8s.io",
+    "authorization.k8s.io",
+    "autoscaling",
+    "batch",
+    "certificates.k8s.io",
+    "networking.k8s.io",
+    "policy",
+    "rbac.authorization.k8s.io",
+    "storage.k8s.io",
+    "admissionregistration.k8s.io",
+    "apiextensions.k8s.io",
+    "scheduling.k8s.io",
+    "coordination.k8s.io",
+    "node.k8s.io",
+    "discovery.k8s.io",
+    "resource.k8s.io",
+    "flowcontrol.apiserver.k8s.io",
+];
+
+/// Fields of `Event` that selectors may name, in the core version.
+const EVENT_FIELDS: [&str; 11] = [
+    "involvedObject.kind",
+    "involvedObject.namespace",
+    "involvedObject.name",
+    "involvedObject.uid",
+    "involvedObject.apiVersion",
+    "involvedObject.resourceVersion",
+    "involvedObject.fieldPath",
+    "reason",
+    "reportingComponent",
+    "source",
+    "type",
+];
+
+/// How long events live.
+const EVENT_TTL_SECONDS: u64 = 3600;
+
+fn rows() -> Vec<Resource> {
+    let mut rows = core();
+    rows.extend(workloads());
+    rows.extend(cluster());
+    rows.extend(extension());
+    rows.extend(reviews());
+    rows
+}
+
+fn core() -> Vec<Resource> {
+    use Scope::{Cluster, Namespaced};
+    use SubresourceKind as S;
+    let row = |kind: &'static str, plural: &'static str, scope| Resource::new("", &["v1"], kind, plural, scope);
+    let mut event = row("Event", "events", Namespaced).short(&["ev"]).fields(&EVENT_FIELDS);
+    event.ttl_seconds = EVENT_TTL_SECONDS;
+    event.strategy = &strategy::CREATE_ON_UPDATE;
+    vec![
+        row("Binding", "bindings", Namespaced).verbs(Verbs::CREATE).answers(Virtual::Binding),
+        row("ComponentStatus", "componentstatuses", Cluster)
+            .short(&["cs"])
+            .verbs(Verbs::GET.or(Verbs::LIST))
+            .answers(Virtual::ComponentStatus),
+        row("ConfigMap", "configmaps", Namespaced).short(&["cm"]),
+        row("Endpoints", "endpoints", Namespaced).short(&["ep"]).strategy(&strategy::CREATE_ON_UPDATE),
+        event,
+        row("LimitRange", "limitranges", Namespaced).short(&["limits"]).strategy(&strategy::CREATE_ON_UPDATE),
+        row("Namespace", "namespaces", Cluster)
+            .short(&["ns"])
+            .verbs(Verbs::ALL.without(Verbs::DELETECOLLECTION))
+            .strategy(&strategy::NAMESPACE)
+            .fields(&["status.phase", "name"])
+            .sub("finalize", S::Finalize, Verbs::UPDATE)
+            .status(),
+        row("Node", "nodes", Cluster)
+            .short(&["no"])
+            .fields(&["spec.unschedulable"])
+            .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "NodeProxyOptions"))
+            .status(),
+        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).short(&["pvc"]).fields(&["name"]).status(),
+        row("PersistentVolume", "persistentvolumes", Cluster).short(&["pv"]).fields(&["name"]).status(),
+        row("Pod", "pods", Namespaced)
+            .short(&["po"])
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .fields(&[
+                "spec.nodeName",
+                "spec.restartPolicy",
+                "spec.schedulerName",
+                "spec.serviceAccountName",
+                "spec.hostNetwork",
+                "status.phase",
+                "status.podIP",
+                "status.podIPs",
+                "status.nominatedNodeName",
+            ])
+            .sub_of("attach", S::Attach, Verbs::CONNECT, ("", "", "PodAttachOptions"))
+            .sub_of("binding", S::Binding, Verbs::CREATE, ("", "", "Binding"))
+            .sub("ephemeralcontainers", S::EphemeralContainers, Verbs::GET_PATCH_UPDATE)
+            .sub_of("eviction", S::Eviction, Verbs::CREATE, ("policy", "v1", "Eviction"))
+            .sub_of("exec", S::Exec, Verbs::CONNECT, ("", "", "PodExecOptions"))
+            .sub("log", S::Log, Verbs::GET)
+            .sub_of("portforward", S::PortForward, Verbs::CONNECT, ("", "", "PodPortForwardOptions"))
+            .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "PodProxyOptions"))
+            .sub("resize", S::Resize, Verbs::GET_PATCH_UPDATE)
+            .status(),
+        row("PodTemplate", "podtemplates", Namespaced).strategy(&strategy::GENERATION),
+        row("ReplicationController", "replicationcontrollers", Namespaced)
+            .short(&["rc"])
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .fields(&["status.replicas"])
+            .scale()
+            .status(),
+        row("ResourceQuota", "resourcequotas", Namespaced).short(&["quota"]).status(),
+        row("Secret", "secrets", Namespaced).fields(&["type"]),
+        row("ServiceAccount", "serviceaccounts", Namespaced).short(&["sa"]).sub_of(
+            "token",
+            S::Token,
+            Verbs::CREATE,
+            ("authentication.k8s.io", "v1", "TokenRequest"),
+        ),
+        row("Service", "services", Namespaced)
+            .short(&["svc"])
+            .category("all")
+            .strategy(&strategy::SERVICE)
+            .fields(&["spec.clusterIP", "spec.type"])
+            .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "ServiceProxyOptions"))
+            .status(),
+    ]
+}
+
+fn workloads() -> Vec<Resource> {
+    use Scope::Namespaced;
+    let apps = |kind: &'static str, plural: &'static str| Resource::new("apps", &["v1"], kind, plural, Namespaced);
+    let batch = |kind: &'static str, plural: &'static str| Resource::new("batch", &["v1"], kind, plural, Namespaced);
+    vec![
+        apps("ControllerRevision", "controllerrevisions"),
+        apps("DaemonSet", "daemonsets").short(&["ds"]).category("all").strategy(&strategy::GENERATION).status(),
+        apps("Deployment", "deployments")
+            .short(&["deploy"])
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .scale()
+            .status(),
+        apps("ReplicaSet", "replicasets")
+            .short(&["rs"])
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .fields(&["status.replicas"])
+            .scale()
+            .status(),
+        apps("StatefulSet", "statefulsets")
+            .short(&["sts"])
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .scale()
+            .status(),
+        Resource::new("autoscaling", &["v2", "v1"], "HorizontalPodAutoscaler", "horizontalpodautoscalers", Namespaced)
+            .short(&["hpa"])
+            .category("all")
+            .status(),
+        batch("CronJob", "cronjobs").short(&["cj"]).category("all").strategy(&strategy::GENERATION).status(),
+        batch("Job", "jobs").category("all").strategy(&strategy::GENERATION).fields(&["status.successful"]).status(),
+        Resource::new("policy", &["v1"], "PodDisruptionBudget", "poddisruptionbudgets", Namespaced)
+            .short(&["pdb"])
+            .strategy(&strategy::GENERATION)
+            .status(),
+    ]
+}
+
+fn cluster() -> Vec<Resource> {
+    use Scope::{Cluster, Namespaced};
+    let row = |group: &'static str, kind: &'static str, plural: &'static str, scope| {
+        Resource::new(group, &["v1"], kind, plural, scope)
+    };
+    let (net, rbac, storage) = ("networking.k8s.io", "rbac.authorization.k8s.io", "storage.k8s.io");
+    let (resource, flow) = ("resource.k8s.io", "flowcontrol.apiserver.k8s.io");
+    let mut event = row("events.k8s.io", "Event", "events", Namespaced).short(&["ev"]).fields(&[
+        "regarding.kind",
+        "regarding.namespace",
+        "regarding.name",
+        "regarding.uid",
+        "regarding.apiVersion",
+        "regarding.resourceVersion",
+        "regarding.fieldPath",
+        "reason",
+        "reportingController",
+        "type",
+    ]);
+    event.ttl_seconds = EVENT_TTL_SECONDS;
+    event.strategy = &strategy::CREATE_ON_UPDATE;
+    event.set_storage(Some(("", "v1", "events")));
+    vec![
+        event,
+        row("certificates.k8s.io", "CertificateSigningRequest", "certificatesigningrequests", Cluster)
+            .short(&["csr"])
+            .fields(&["spec.signerName"])
+            .sub("approval", SubresourceKind::Approval, Verbs::GET_PATCH_UPDATE)
+            .status(),
+        row(net, "IngressClass", "ingressclasses", Cluster).strategy(&strategy::GENERATION),
+        row(net, "Ingress", "ingresses", Namespaced).short(&["ing"]).strategy(&strategy::GENERATION).status(),
+        row(net, "IPAddress", "ipaddresses", Cluster).short(&["ip"]),
+        row(net, "NetworkPolicy", "networkpolicies", Namespaced).short(&["netpol"]).strategy(&strategy::GENERATION),
+        row(net, "ServiceCIDR", "servicecidrs", Cluster).status(),
+        row(rbac, "ClusterRoleBinding", "clusterrolebindings", Cluster).strategy(&strategy::RBAC),
+        row(rbac, "ClusterRole", "clusterroles", Cluster).strategy(&strategy::RBAC),
+        row(rbac, "RoleBinding", "rolebindings", Namespaced).strategy(&strategy::RBAC),
+        row(rbac, "Role", "roles", Namespaced).strategy(&strategy::RBAC),
+        row(storage, "CSIDriver", "csidrivers", Cluster),
+        row(storage, "CSINode", "csinodes", Cluster),
+        row(storage, "CSIStorageCapacity", "csistoragecapacities", Namespaced),
+        row(storage, "StorageClass", "storageclasses", Cluster).short(&["sc"]),
+        row(storage, "VolumeAttachment", "volumeattachments", Cluster).status(),
+        row(storage, "VolumeAttributesClass", "volumeattributesclasses", Cluster).short(&["vac"]),
+        row("scheduling.k8s.io", "PriorityClass", "priorityclasses", Cluster)
+            .short(&["pc"])
+            .strategy(&strategy::GENERATION),
+        row("coordination.k8s.io", "Lease", "leases", Namespaced).strategy(&strategy::CREATE_ON_UPDATE),
+        row("node.k8s.io", "RuntimeClass", "runtimeclasses", Cluster).strategy(&strategy::CREATE_ON_UPDATE),
+        row("discovery.k8s.io", "EndpointSlice", "endpointslices", Namespaced).strategy(&strategy::GENERATION),
+        row(resource, "DeviceClass", "deviceclasses", Cluster).strategy(&strategy::GENERATION),
+        row(resource, "ResourceClaim", "resourceclaims", Namespaced).status(),
+        row(resource, "ResourceClaimTemplate", "resourceclaimtemplates", Namespaced),
+        row(resource, "ResourceSlice", "resourceslices", Cluster)
+            .strategy(&strategy::GENERATION)
+            .fields(&["spec.nodeName", "spec.driver"]),
+        row(flow, "FlowSchema", "flowschemas", Cluster).strategy(&strategy::GENERATION).status(),
+        row(flow, "PriorityLevelConfiguration", "prioritylevelconfigurations", Cluster)
+            .strategy(&strategy::GENERATION)
+            .status(),
+    ]
+}
+
+fn extension() -> Vec<Resource> {
+    let row = |group: &'static str, kind: &'static str, plural: &'static str| {
+        Resource::new(group, &["v1"], kind, plural, Scope::Cluster)
+            .category("api-extensions")
+            .strategy(&strategy::GENERATION)
+    };
+    let admission = "admissionregistration.k8s.io";
+    let mut service = row("apiregistration.k8s.io", "APIService", "apiservices").status();
+    service.strategy = &strategy::DEFAULT;
+    vec![
+        row(admission, "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),
+        row(admission, "ValidatingAdmissionPolicy", "validatingadmissionpolicies").status(),
+        row(admission, "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings"),
+        row(admission, "ValidatingWebhookConfiguration", "validatingwebhookconfigurations"),
+        row("apiextensions.k8s.io", "CustomResourceDefinition", "customresourcedefinitions")
+            .short(&["crd", "crds"])
+            .status(),
+        service,
+    ]
+}
+
+fn reviews() -> Vec<Resource> {
+    use Scope::{Cluster, Namespaced};
+    let row = |group: &'static str, kind: &'static str, plural: &'static str, scope, answers| {
+        Resource::new(group, &["v1"], kind, plural, scope).verbs(Verbs::CREATE).answers(answers)
+    };
+    let (authn, authz) = ("authentication.k8s.io", "authorization.k8s.io");
+    vec![
+        row(authn, "SelfSubjectReview", "selfsubjectreviews", Cluster, Virtual::SelfSubjectReview),
+        row(authn, "TokenReview", "tokenreviews", Cluster, Virtual::TokenReview),
+        row(
+            authz,
+            "LocalSubjectAccessReview",
+            "localsubjectaccessreviews",
+            Namespaced,
+            Virtual::LocalSubjectAccessReview,
+        ),
+        row(authz, "SelfSubjectAccessReview", "selfsubjectaccessreviews", Cluster, Virtual::SelfSubjectAccessReview),
+        row(authz, "SelfSubjectRulesReview", "selfsubjectrulesreviews", Cluster, Virtual::SelfSubjectRulesReview),
+        row(authz, "SubjectAccessReview", "subjectaccessreviews", Cluster, Virtual::SubjectAccessReview),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_groups_known() {
+        let mut seen = std::collections::HashSet::new();
+        for row in RESOURCES.iter() {
+            assert!(seen.insert((row.group.clone(), row.plural.clone())), "{row:?} twice");
+            assert!(row.group.is_empty() || GROUPS.contains(&&*row.group), "{row:?}: unknown group");
+        }
+    }
+
+    #[test]
+    fn keys_and_heads_follow_the_row() {
+        let find = |group: &str, plural: &str| {
+            RESOURCES.iter().find(|r| r.group == group && r.plural == plural).unwrap().clone()
+        };
+        let deployments = find("apps", "deployments");
+        assert_eq!(deployments.key("default", "web"), "/registry/apps/deployments/default/web");
+        assert_eq!(deployments.head(), "{\"apiVersion\":\"apps/v1\",\"kind\":\"Deployment\",\"metadata\":{");
+        assert_eq!(find("", "nodes").key("", "n1"), "/registry/core/nodes/n1");
+        assert_eq!(find("events.k8s.io", "events").prefix(), find("", "events").prefix());
+        assert_eq!(find("events.k8s.io", "events").head(), find("", "events").head());
+    }
+}
