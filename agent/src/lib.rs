@@ -12,6 +12,7 @@
 //! | [`image`] | content store, unpacking, import |
 //! | [`net`] | pod attachment, addresses, service proxy over nftables |
 //! | [`dns`] | the cluster DNS responder |
+//! | [`watch`] | list and watch of a collection as raw bytes, for all of the above |
 
 pub mod config;
 pub mod dns;
@@ -22,6 +23,7 @@ pub mod net;
 pub mod node_link;
 pub mod runtime;
 pub mod volume;
+pub mod watch;
 
 pub use config::AgentConfig;
 pub use node_link::{NodeLink, NodeLinkListener, node_link};
