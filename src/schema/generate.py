@@ -173,7 +173,9 @@ class GoPackage:
                                    tag=int(proto.group(1)) if proto else None))
             self.structs[m.group(1)] = fields
         for m in re.finditer(r"^type (\w+) (=\s*)?([\w.\[\]*{}]+)\s*$", text, re.M):
-            if m.group(3) not in ("struct", "interface"):
+            if m.group(3).startswith("struct"):
+                self.structs[m.group(1)] = []
+            elif m.group(3) != "interface":
                 self.names[m.group(1)] = resolve(m.group(3))
         for block in re.finditer(r"^type \(\n(.*?)^\)", text, re.S | re.M):
             for m in re.finditer(r"^\t(\w+) (\w+)$", block.group(1), re.M):
