@@ -67,7 +67,7 @@ async fn heard(answers: Vec<(u16, String)>) -> (Vec<String>, Vec<String>) {
     result
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn pages_are_listed_and_the_watch_goes_on_from_their_revision() {
     let (heard, asked) = heard(vec![
         list(&[pod("a", 1)], 5, "next"),
@@ -81,7 +81,7 @@ async fn pages_are_listed_and_the_watch_goes_on_from_their_revision() {
     assert_eq!(asked[3], "watch=true&allowWatchBookmarks=true&resourceVersion=9");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn an_expired_revision_lists_again_and_tells_what_changed_meanwhile() {
     let expired = json!({"kind": "Status", "code": 410, "message": "too old"});
     let (heard, asked) = heard(vec![
@@ -94,7 +94,7 @@ async fn an_expired_revision_lists_again_and_tells_what_changed_meanwhile() {
     assert_eq!(asked[2], "limit=500");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_refused_list_is_tried_again() {
     let (heard, _) = heard(vec![(503, "{}".to_owned()), (500, String::new()), list(&[pod("a", 1)], 5, "")]).await;
     assert_eq!(heard, ["+a"]);
