@@ -17,14 +17,17 @@
 //! | [`typed`] | the walk under it: what Go's decoder and encoder make of a value of a type |
 //! | [`quantity`], [`time`] | scalars with a canonical form |
 //! | [`default`] | static defaults of the table and the conditional ones |
+//! | [`patch`] | JSON patch, merge patch, strategic merge patch |
 //!
 //! A value that went through [`decode`] or [`typed::normalize`] is in **Go form**: what encoding the decoded Go struct would give.
 //! Unset optional fields are absent, `status: {}` and `resources: {}` are there, `null` means an empty required list.
 
 pub mod decode;
 pub mod default;
+mod generic;
 mod hooks;
 pub mod node;
+pub mod patch;
 pub mod quantity;
 mod syntax;
 pub mod table;
