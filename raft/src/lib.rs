@@ -1,1 +1,2 @@
-//! placeholder
+//! Consensus.
+mod wal;
