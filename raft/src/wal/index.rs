@@ -178,6 +178,15 @@ impl Index {
         self.slot(index)?.location.clone()
     }
 
+    /// Bytes on disk and number of the entries behind `after`.
+    pub fn size_after(&self, after: Option<u64>) -> (u64, u64) {
+        let skip = after.map_or(0, |after| (after + 1).saturating_sub(self.first));
+        let slots = self.slots.iter().skip(usize::try_from(skip).unwrap_or(usize::MAX));
+        slots.fold((0, 0), |(bytes, count), slot| {
+            (bytes + slot.location.as_ref().map_or(0, |location| u64::from(location.length)), count + 1)
+        })
+    }
+
     fn slot(&self, index: u64) -> Option<&Slot> {
         self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }

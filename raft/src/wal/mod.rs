@@ -32,8 +32,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use self::index::Index;
-pub use self::record::{LogId, Vote};
 use self::record::{HEADER, Kind, Record};
+pub use self::record::{LogId, Vote};
 pub use self::recover::WalError;
 use self::recover::{Closed, Recovered, recover};
 use self::segment::{Carried, Segment};
@@ -145,8 +145,12 @@ impl Wal {
             fits?;
             previous = Some(entry.id.index);
         }
-        let record =
-            |entry: NewEntry| Record { kind: Kind::Entry, index: entry.id.index, term: entry.id.term, payload: entry.payload };
+        let record = |entry: NewEntry| Record {
+            kind: Kind::Entry,
+            index: entry.id.index,
+            term: entry.id.term,
+            payload: entry.payload,
+        };
         let records = entries.into_iter().inspect(|entry| index.push(entry.id)).map(record).collect();
         self.send(Request { records, done: Some(done) });
         Ok(())
@@ -207,6 +211,11 @@ impl Wal {
     /// Index of the first entry that is present, and one past the last.
     pub fn bounds(&self) -> (u64, u64) {
         self.index.lock().bounds()
+    }
+
+    /// Bytes and number of the entries behind `after`.
+    pub fn size_after(&self, after: Option<u64>) -> (u64, u64) {
+        self.index.lock().size_after(after)
     }
 
     /// True once the entry can be read back from disk.

@@ -1,0 +1,294 @@
+//! The state machine: committed entries go to the apply thread, which owns the store's writer.
+//!
+//! The async side ([`StateMachine`]) is what openraft talks to; it gathers entries into batches. The thread applies each
+//! batch with one atomic write that also holds the new position, answers the waiting clients, and uses idle moments to
+//! remove compacted history.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use coracle_store::{Command, Pinned, Response, Writer};
+use futures::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use crate::applied::Applied;
+use crate::entry::{Item, Proposal, RaftLogId, SnapshotMeta, StoredMembership, TypeConfig, from_raft_id, to_raft_id};
+use crate::log::Growth;
+use crate::snapshot::{self, Reader, SnapshotFile};
+
+/// Commands in one batch, about: more means fewer writes to the engine, fewer means answers sooner.
+const BATCH: usize = 1024;
+/// Events removed by one step of a compaction; a step takes well under a millisecond.
+const COMPACT_STEP: usize = 128;
+/// A snapshot is due when the log since the last one is at least this long, in bytes.
+const MIN_SNAPSHOT_DISTANCE: u64 = 32 << 20;
+
+/// What the snapshot files and everyone who needs them share.
+pub(crate) struct Snapshots {
+    pub dir: PathBuf,
+    pub current: Mutex<Option<SnapshotFile>>,
+    pub growth: Arc<Growth>,
+}
+
+impl Snapshots {
+    pub fn new(dir: PathBuf, current: Option<SnapshotFile>, growth: Arc<Growth>) -> Self {
+        let snapshots = Snapshots { dir, current: Mutex::new(None), growth };
+        snapshots.growth.set_limit(MIN_SNAPSHOT_DISTANCE);
+        if let Some(current) = current {
+            snapshots.set(current);
+        }
+        snapshots
+    }
+
+    /// Index of the last entry that the current snapshot covers.
+    pub fn covered(&self) -> Option<u64> {
+        self.current.lock().as_ref().and_then(|file| file.applied.last).map(|id| id.index)
+    }
+
+    fn set(&self, file: SnapshotFile) {
+        self.growth.set_limit(MIN_SNAPSHOT_DISTANCE.max(file.live_bytes));
+        *self.current.lock() = Some(file);
+    }
+
+    /// Makes a new file the current one and removes the others.
+    fn replace(&self, file: SnapshotFile) {
+        if let Err(error) = snapshot::keep_only(&self.dir, &file.path) {
+            tracing::warn!(%error, "removing old snapshots failed");
+        }
+        self.set(file);
+    }
+}
+
+enum Job {
+    Apply { proposals: Vec<Proposal>, meta: Bytes, done: oneshot::Sender<io::Result<()>> },
+    Pin(oneshot::Sender<Pinned>),
+    Restore { path: PathBuf, done: oneshot::Sender<io::Result<()>> },
+    Stop,
+}
+
+/// Handle to the apply thread.
+pub(crate) struct ApplyThread {
+    jobs: Sender<Job>,
+    thread: Mutex<Option<JoinHandle<io::Result<()>>>>,
+}
+
+impl ApplyThread {
+    /// Starts the thread. `broken` is called once if the engine fails: the state must not be used after a restart.
+    pub fn start(writer: Writer, broken: impl FnOnce() + Send + 'static) -> io::Result<ApplyThread> {
+        let (jobs, queue) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("coracle-apply".to_owned()).spawn(move || {
+            let served = serve(writer, &queue);
+            if let Err(error) = &served {
+                tracing::error!(%error, "the state engine failed; the state is rebuilt at the next start");
+                broken();
+            }
+            served
+        })?;
+        Ok(ApplyThread { jobs, thread: Mutex::new(Some(thread)) })
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> io::Result<T> {
+        let (sender, receiver) = oneshot::channel();
+        let gone = || io::Error::other("the apply thread is gone");
+        self.jobs.send(job(sender)).map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())
+    }
+
+    /// Ends the thread after what is queued; the state is handed to the operating system. Blocks.
+    pub fn stop(&self) -> io::Result<()> {
+        // An error means that it ended already; joining says why.
+        let _ = self.jobs.send(Job::Stop);
+        match self.thread.lock().take() {
+            Some(thread) => thread.join().unwrap_or_else(|_| Err(io::Error::other("the apply thread panicked"))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn serve(mut writer: Writer, jobs: &Receiver<Job>) -> io::Result<()> {
+    // History may be left over from a compaction that the last run didn't finish.
+    let mut compacting = true;
+    loop {
+        let job = match jobs.try_recv() {
+            Ok(job) => job,
+            Err(TryRecvError::Empty) if compacting => {
+                compacting = writer.compact_step(COMPACT_STEP).map_err(io::Error::other)?;
+                continue;
+            }
+            Err(TryRecvError::Empty) => match jobs.recv() {
+                Ok(job) => job,
+                Err(_) => return Ok(()),
+            },
+            Err(TryRecvError::Disconnected) => return Ok(()),
+        };
+        match job {
+            Job::Apply { proposals, meta, done } => {
+                let applied = apply(&mut writer, &proposals, meta);
+                let failed = applied.is_err();
+                compacting |= matches!(applied, Ok(true));
+                // Nobody waits when the node is being stopped.
+                let _ = done.send(applied.map(|_| ()));
+                if failed {
+                    return Err(io::Error::other("a batch could not be applied"));
+                }
+                if compacting {
+                    compacting = writer.compact_step(COMPACT_STEP).map_err(io::Error::other)?;
+                }
+            }
+            Job::Pin(done) => drop(done.send(writer.pin())),
+            Job::Restore { path, done } => drop(done.send(restore(&mut writer, &path))),
+            Job::Stop => return writer.flush().map_err(io::Error::other),
+        }
+    }
+}
+
+/// Applies and answers; true when the history floor moved.
+fn apply(writer: &mut Writer, proposals: &[Proposal], meta: Bytes) -> io::Result<bool> {
+    let items = || proposals.iter().flat_map(|proposal| proposal.items.iter());
+    let commands = items().map(Item::command).collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
+    let compacted = commands.iter().any(|c| matches!(c, Command::Compact { .. } | Command::BumpRevision { .. }));
+    let responses = writer.apply(commands, meta).map_err(io::Error::other)?;
+    for (item, response) in items().zip(responses) {
+        answer(item, response);
+    }
+    Ok(compacted)
+}
+
+fn answer(item: &Item, response: Response) {
+    if let Some(reply) = item.reply.lock().take() {
+        // A client that went away doesn't want its answer.
+        let _ = reply.send(Ok(response));
+    }
+}
+
+/// Replaces the state by a snapshot.
+pub(crate) fn restore(writer: &mut Writer, path: &Path) -> io::Result<()> {
+    let reader = Reader::open(path).map_err(io::Error::other)?;
+    writer.restore(reader.meta.clone(), reader).map_err(io::Error::other)
+}
+
+/// openraft's side of the state.
+pub(crate) struct StateMachine {
+    thread: Arc<ApplyThread>,
+    snapshots: Arc<Snapshots>,
+    applied: Applied,
+}
+
+impl StateMachine {
+    pub fn new(thread: Arc<ApplyThread>, snapshots: Arc<Snapshots>, applied: Applied) -> Self {
+        StateMachine { thread, snapshots, applied }
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> Result<(Option<RaftLogId>, StoredMembership), io::Error> {
+        Ok((self.applied.last.map(to_raft_id), self.applied.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut ended = false;
+        while !ended {
+            let (mut proposals, mut responders, mut commands) = (Vec::new(), Vec::new(), 0);
+            let mut applied = self.applied.clone();
+            while commands < BATCH {
+                let Some(next) = entries.next().await else {
+                    ended = true;
+                    break;
+                };
+                let (entry, responder) = next?;
+                applied.last = Some(from_raft_id(entry.log_id));
+                match entry.payload {
+                    EntryPayload::Blank => {}
+                    EntryPayload::Normal(proposal) => {
+                        commands += proposal.items.len();
+                        proposals.push(proposal);
+                    }
+                    EntryPayload::Membership(membership) => {
+                        applied.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    }
+                }
+                responders.extend(responder);
+            }
+            if applied.last == self.applied.last {
+                break;
+            }
+            let meta = applied.encode();
+            self.thread.ask(|done| Job::Apply { proposals, meta, done }).await??;
+            self.applied = applied;
+            for responder in responders {
+                responder.send(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        // Pinned here, between two batches; an apply thread that is gone shows when the snapshot is built.
+        let grown = self.snapshots.growth.now();
+        let pinned = self.thread.ask(Job::Pin).await;
+        SnapshotBuilder { pinned: Some(pinned), grown, snapshots: self.snapshots.clone() }
+    }
+
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), io::Error> {
+        let dir = self.snapshots.dir.clone();
+        let file = if snapshot.path.parent() == Some(&dir) {
+            snapshot
+        } else {
+            let adopt = move || snapshot::adopt(&dir, &snapshot.path);
+            tokio::task::spawn_blocking(adopt).await.map_err(io::Error::other)?.map_err(io::Error::other)?
+        };
+        let path = file.path.clone();
+        self.thread.ask(|done| Job::Restore { path, done }).await??;
+        self.applied = file.applied.clone();
+        self.snapshots.replace(file);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        Ok(self.snapshots.current.lock().clone().map(to_raft))
+    }
+}
+
+type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotFile>;
+
+fn to_raft(file: SnapshotFile) -> Snapshot {
+    let last_log_id = file.applied.last.map(to_raft_id);
+    let meta = SnapshotMeta { last_log_id, last_membership: file.applied.membership.clone() };
+    Snapshot { meta, snapshot: file }
+}
+
+/// Writes the state, as it was when this was made, to a file.
+pub(crate) struct SnapshotBuilder {
+    pinned: Option<io::Result<Pinned>>,
+    /// How far the log had grown by then.
+    grown: (u64, u64),
+    snapshots: Arc<Snapshots>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let pinned = self.pinned.take().ok_or_else(|| io::Error::other("the snapshot was built already"))??;
+        let dir = self.snapshots.dir.clone();
+        let write = move || snapshot::write(&dir, &pinned);
+        let file = tokio::task::spawn_blocking(write).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        tracing::info!(file = %file.path.display(), bytes = file.live_bytes, "snapshot written");
+        self.snapshots.replace(file.clone());
+        self.snapshots.growth.forget(self.grown);
+        Ok(to_raft(file))
+    }
+}

@@ -1,0 +1,77 @@
+//! What a member does unasked: compaction and the end of leases (as leader, through the log), snapshots when the log has
+//! grown (each for itself). An idle cluster proposes nothing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use coracle_store::{Command, Store};
+use tokio::sync::{Notify, watch};
+
+use crate::log::Growth;
+use crate::node::Engine;
+use crate::propose::Proposer;
+
+/// With leases about, their deadlines are looked at this often at least.
+const LEASE_LOOK: Duration = Duration::from_secs(1);
+
+/// Every `interval`, forgets the history before the revision that was the newest one interval ago.
+pub(crate) async fn compact(store: Store, proposer: Proposer, leader: watch::Receiver<bool>, interval: Duration) {
+    let mut before = store.revision();
+    loop {
+        tokio::time::sleep(interval).await;
+        let due = std::mem::replace(&mut before, store.revision());
+        if *leader.borrow() && due > store.compacted_revision() {
+            match proposer.propose(&Command::Compact { revision: due }).await {
+                Ok(_) => tracing::debug!(revision = due, "compacted"),
+                Err(error) => tracing::warn!(%error, "compaction was not done; the next one covers it"),
+            }
+        }
+    }
+}
+
+/// Ends leases whose time is up, with the keys bound to them.
+pub(crate) async fn expire_leases(
+    store: Store,
+    proposer: Proposer,
+    mut leader: watch::Receiver<bool>,
+    granted: Arc<Notify>,
+) {
+    loop {
+        if leader.wait_for(|leads| *leads).await.is_err() {
+            return;
+        }
+        let now = Instant::now();
+        for id in store.expired_leases(now) {
+            if let Err(error) = proposer.propose(&Command::LeaseRevoke { id }).await {
+                tracing::warn!(%error, lease = id, "ending a lease failed; it is tried again");
+                tokio::time::sleep(LEASE_LOOK).await;
+                break;
+            }
+        }
+        match store.next_lease_deadline() {
+            None => granted.notified().await,
+            Some(deadline) => {
+                let wait = deadline.saturating_duration_since(now).min(LEASE_LOOK);
+                tokio::time::sleep(wait.max(Duration::from_millis(10))).await;
+            }
+        }
+    }
+}
+
+/// Writes a snapshot whenever the log has grown enough; openraft purges the log behind it.
+pub(crate) async fn snapshots(raft: Engine, growth: Arc<Growth>) {
+    loop {
+        if !growth.is_due() {
+            growth.due.notified().await;
+            continue;
+        }
+        let before = growth.now();
+        if raft.trigger().snapshot().await.is_err() {
+            return; // the engine has stopped
+        }
+        // The growth shrinks once the snapshot is written.
+        while growth.now() >= before {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }
+}
