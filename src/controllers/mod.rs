@@ -15,6 +15,7 @@
 //! | [`queue`], [`runner`], [`backoff`] | keys to work on, who works on them, when again after a failure |
 //! | [`event`] | events for people |
 //! | [`owner`], [`replica`], [`template`] | adopting and releasing, choosing pods to delete, pods from templates |
+//! | [`quantity`] | quantities as numbers |
 //!
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
@@ -30,6 +31,7 @@ pub mod event;
 pub mod informer;
 pub mod object;
 pub mod owner;
+pub mod quantity;
 pub mod queue;
 pub mod replica;
 pub mod resource;
@@ -153,5 +155,6 @@ fn begin_term(context: &Context) -> Term {
     let term = Term { context: context.clone(), informers, recorder, cancel, tasks };
     deployment::start(&term);
     replicaset::start(&term);
+    crate::scheduler::start(&term);
     term
 }

@@ -168,6 +168,11 @@ impl Selector {
         Selector::of_label_selector(Some(&selector))
     }
 
+    /// This selector with further requirements.
+    pub fn and(self, further: impl Iterator<Item = Requirement>) -> Selector {
+        Selector { requirements: self.requirements.into_iter().chain(further).collect() }
+    }
+
     /// Whether all requirements hold.
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements.iter().all(|requirement| requirement.matches_value(labels.get(&requirement.key)))
