@@ -17,6 +17,7 @@
 //! | [`typed`] | the walk under it: what Go's decoder and encoder make of a value of a type |
 //! | [`quantity`], [`time`] | scalars with a canonical form |
 //! | [`default`] | static defaults of the table and the conditional ones |
+//! | [`managed`] | managed fields on every write, server-side apply |
 //! | [`patch`] | JSON patch, merge patch, strategic merge patch |
 //!
 //! A value that went through [`decode`] or [`typed::normalize`] is in **Go form**: what encoding the decoded Go struct would give.
@@ -26,6 +27,7 @@ pub mod decode;
 pub mod default;
 mod generic;
 mod hooks;
+pub mod managed;
 pub mod node;
 pub mod patch;
 pub mod quantity;

@@ -310,7 +310,9 @@ impl Seed<'_, '_> {
             seen |= 1 << (index & 127);
             let path = Path::Field { parent: self.path, owner: self.node, field };
             let value = access.next_value_seed(Seed { walk: self.walk, node: field.node, path: &path })?;
-            if unset(schema, field, &value) {
+            // An empty list there is a request to reset it: `managed::update` must see it.
+            let reset = name == "managedFields" && value.is_array();
+            if !reset && unset(schema, field, &value) {
                 map.remove(name);
             } else {
                 map.insert(name.to_owned(), value);
