@@ -118,6 +118,15 @@ pub enum Virtual {
     SelfSubjectRulesReview,
 }
 
+/// What a delete without a propagation policy does to the objects an object owns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dependents {
+    Background,
+    Orphan,
+    /// The kind can own nothing.
+    None,
+}
+
 /// One kind of object.
 #[derive(Clone)]
 pub struct Resource {
@@ -142,6 +151,13 @@ pub struct Resource {
     pub ttl_seconds: u64,
     /// Set when nothing is stored.
     pub answers: Option<Virtual>,
+    /// Whether a delete answers with the object instead of a `Status`.
+    pub returns_deleted: bool,
+    /// What a delete without a policy does to dependents.
+    pub dependents: Dependents,
+    /// `apiVersion` of stored values.
+    storage_api_version: String,
+    shared: bool,
     /// `/registry/<group or "core">/<plural>/`.
     prefix: Bytes,
     /// `{"apiVersion":"..","kind":"..","metadata":{` with which each stored value begins.
@@ -174,6 +190,10 @@ impl Resource {
             fields: Vec::new(),
             ttl_seconds: 0,
             answers: None,
+            returns_deleted: false,
+            dependents: Dependents::Background,
+            storage_api_version: String::new(),
+            shared: false,
             prefix: Bytes::new(),
             head: Bytes::new(),
         };
@@ -189,6 +209,7 @@ impl Resource {
         let api_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
         self.prefix = format!("/registry/{folder}/{plural}/").into();
         self.head = format!("{{\"apiVersion\":\"{api_version}\",\"kind\":\"{}\",\"metadata\":{{", self.kind).into();
+        (self.shared, self.storage_api_version) = (shared.is_some(), api_version);
     }
 
     fn short(mut self, names: &[&'static str]) -> Resource {
@@ -218,6 +239,16 @@ impl Resource {
 
     fn answers(mut self, answers: Virtual) -> Resource {
         self.answers = Some(answers);
+        self
+    }
+
+    fn returned(mut self) -> Resource {
+        self.returns_deleted = true;
+        self
+    }
+
+    fn orphans(mut self) -> Resource {
+        self.dependents = Dependents::Orphan;
         self
     }
 
@@ -263,6 +294,16 @@ impl Resource {
     /// `group/version`, or the version alone for core.
     pub fn api_version(&self, version: &str) -> String {
         if self.group.is_empty() { version.to_owned() } else { format!("{}/{version}", self.group) }
+    }
+
+    /// `apiVersion` of stored values.
+    pub fn storage_api_version(&self) -> String {
+        self.storage_api_version.clone()
+    }
+
+    /// Whether the objects are stored as those of another group (events).
+    pub fn shares_storage(&self) -> bool {
+        self.shared
     }
 
     /// The key prefix of all objects of the kind; ends in a slash.
@@ -367,6 +408,7 @@ fn core() -> Vec<Resource> {
     let mut event = row("Event", "events", Namespaced).short(&["ev"]).fields(&EVENT_FIELDS);
     event.ttl_seconds = EVENT_TTL_SECONDS;
     event.strategy = &strategy::CREATE_ON_UPDATE;
+    event.dependents = Dependents::None;
     vec![
         row("Binding", "bindings", Namespaced).verbs(Verbs::CREATE).answers(Virtual::Binding),
         row("ComponentStatus", "componentstatuses", Cluster)
@@ -377,11 +419,11 @@ fn core() -> Vec<Resource> {
         row("Endpoints", "endpoints", Namespaced).short(&["ep"]).strategy(&strategy::CREATE_ON_UPDATE),
         event,
         row("LimitRange", "limitranges", Namespaced).short(&["limits"]).strategy(&strategy::CREATE_ON_UPDATE),
-        row("Namespace", "namespaces", Cluster)
+        row("Namespace", "namespaces", Cluster).returned()
             .short(&["ns"])
             .verbs(Verbs::ALL.without(Verbs::DELETECOLLECTION))
             .strategy(&strategy::NAMESPACE)
-            .fields(&["status.phase", "name"])
+            .fields(&["status.phase"])
             .sub("finalize", S::Finalize, Verbs::UPDATE)
             .status(),
         row("Node", "nodes", Cluster)
@@ -389,9 +431,9 @@ fn core() -> Vec<Resource> {
             .fields(&["spec.unschedulable"])
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "NodeProxyOptions"))
             .status(),
-        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).short(&["pvc"]).fields(&["name"]).status(),
-        row("PersistentVolume", "persistentvolumes", Cluster).short(&["pv"]).fields(&["name"]).status(),
-        row("Pod", "pods", Namespaced)
+        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).returned().short(&["pvc"]).status(),
+        row("PersistentVolume", "persistentvolumes", Cluster).returned().short(&["pv"]).status(),
+        row("Pod", "pods", Namespaced).returned()
             .short(&["po"])
             .category("all")
             .strategy(&strategy::GENERATION)
@@ -416,23 +458,23 @@ fn core() -> Vec<Resource> {
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "PodProxyOptions"))
             .sub("resize", S::Resize, Verbs::GET_PATCH_UPDATE)
             .status(),
-        row("PodTemplate", "podtemplates", Namespaced).strategy(&strategy::GENERATION),
-        row("ReplicationController", "replicationcontrollers", Namespaced)
+        row("PodTemplate", "podtemplates", Namespaced).returned().strategy(&strategy::GENERATION),
+        row("ReplicationController", "replicationcontrollers", Namespaced).orphans()
             .short(&["rc"])
             .category("all")
             .strategy(&strategy::GENERATION)
             .fields(&["status.replicas"])
             .scale()
             .status(),
-        row("ResourceQuota", "resourcequotas", Namespaced).short(&["quota"]).status(),
+        row("ResourceQuota", "resourcequotas", Namespaced).returned().short(&["quota"]).status(),
         row("Secret", "secrets", Namespaced).fields(&["type"]),
-        row("ServiceAccount", "serviceaccounts", Namespaced).short(&["sa"]).sub_of(
+        row("ServiceAccount", "serviceaccounts", Namespaced).returned().short(&["sa"]).sub_of(
             "token",
             S::Token,
             Verbs::CREATE,
             ("authentication.k8s.io", "v1", "TokenRequest"),
         ),
-        row("Service", "services", Namespaced)
+        row("Service", "services", Namespaced).returned()
             .short(&["svc"])
             .category("all")
             .strategy(&strategy::SERVICE)
@@ -473,10 +515,10 @@ fn workloads() -> Vec<Resource> {
             .category("all")
             .status(),
         batch("CronJob", "cronjobs").short(&["cj"]).category("all").strategy(&strategy::GENERATION).status(),
-        batch("Job", "jobs").category("all").strategy(&strategy::GENERATION).fields(&["status.successful"]).status(),
+        batch("Job", "jobs").orphans().category("all").strategy(&strategy::GENERATION).fields(&["status.successful"]).status(),
         Resource::new("policy", &["v1"], "PodDisruptionBudget", "poddisruptionbudgets", Namespaced)
             .short(&["pdb"])
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::CONDITIONAL_GENERATION)
             .status(),
     ]
 }
@@ -502,6 +544,7 @@ fn cluster() -> Vec<Resource> {
     ]);
     event.ttl_seconds = EVENT_TTL_SECONDS;
     event.strategy = &strategy::CREATE_ON_UPDATE;
+    event.dependents = Dependents::None;
     event.set_storage(Some(("", "v1", "events")));
     vec![
         event,
@@ -519,22 +562,22 @@ fn cluster() -> Vec<Resource> {
         row(rbac, "ClusterRole", "clusterroles", Cluster).strategy(&strategy::RBAC),
         row(rbac, "RoleBinding", "rolebindings", Namespaced).strategy(&strategy::RBAC),
         row(rbac, "Role", "roles", Namespaced).strategy(&strategy::RBAC),
-        row(storage, "CSIDriver", "csidrivers", Cluster),
-        row(storage, "CSINode", "csinodes", Cluster),
-        row(storage, "CSIStorageCapacity", "csistoragecapacities", Namespaced),
-        row(storage, "StorageClass", "storageclasses", Cluster).short(&["sc"]),
-        row(storage, "VolumeAttachment", "volumeattachments", Cluster).status(),
-        row(storage, "VolumeAttributesClass", "volumeattributesclasses", Cluster).short(&["vac"]),
+        row(storage, "CSIDriver", "csidrivers", Cluster).returned().strategy(&strategy::CONDITIONAL),
+        row(storage, "CSINode", "csinodes", Cluster).returned().strategy(&strategy::CONDITIONAL),
+        row(storage, "CSIStorageCapacity", "csistoragecapacities", Namespaced).strategy(&strategy::CONDITIONAL),
+        row(storage, "StorageClass", "storageclasses", Cluster).returned().short(&["sc"]),
+        row(storage, "VolumeAttachment", "volumeattachments", Cluster).returned().strategy(&strategy::CONDITIONAL).status(),
+        row(storage, "VolumeAttributesClass", "volumeattributesclasses", Cluster).returned().short(&["vac"]),
         row("scheduling.k8s.io", "PriorityClass", "priorityclasses", Cluster)
             .short(&["pc"])
             .strategy(&strategy::GENERATION),
-        row("coordination.k8s.io", "Lease", "leases", Namespaced).strategy(&strategy::CREATE_ON_UPDATE),
-        row("node.k8s.io", "RuntimeClass", "runtimeclasses", Cluster).strategy(&strategy::CREATE_ON_UPDATE),
+        row("coordination.k8s.io", "Lease", "leases", Namespaced).strategy(&strategy::CONDITIONAL_CREATE),
+        row("node.k8s.io", "RuntimeClass", "runtimeclasses", Cluster).strategy(&strategy::CONDITIONAL_CREATE),
         row("discovery.k8s.io", "EndpointSlice", "endpointslices", Namespaced).strategy(&strategy::GENERATION),
-        row(resource, "DeviceClass", "deviceclasses", Cluster).strategy(&strategy::GENERATION),
-        row(resource, "ResourceClaim", "resourceclaims", Namespaced).status(),
-        row(resource, "ResourceClaimTemplate", "resourceclaimtemplates", Namespaced),
-        row(resource, "ResourceSlice", "resourceslices", Cluster)
+        row(resource, "DeviceClass", "deviceclasses", Cluster).returned().strategy(&strategy::GENERATION),
+        row(resource, "ResourceClaim", "resourceclaims", Namespaced).returned().status(),
+        row(resource, "ResourceClaimTemplate", "resourceclaimtemplates", Namespaced).returned(),
+        row(resource, "ResourceSlice", "resourceslices", Cluster).returned()
             .strategy(&strategy::GENERATION)
             .fields(&["spec.nodeName", "spec.driver"]),
         row(flow, "FlowSchema", "flowschemas", Cluster).strategy(&strategy::GENERATION).status(),
@@ -548,11 +591,11 @@ fn extension() -> Vec<Resource> {
     let row = |group: &'static str, kind: &'static str, plural: &'static str| {
         Resource::new(group, &["v1"], kind, plural, Scope::Cluster)
             .category("api-extensions")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::CONDITIONAL_GENERATION)
     };
     let admission = "admissionregistration.k8s.io";
     let mut service = row("apiregistration.k8s.io", "APIService", "apiservices").status();
-    service.strategy = &strategy::DEFAULT;
+    service.strategy = &strategy::CONDITIONAL;
     vec![
         row(admission, "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),
         row(admission, "ValidatingAdmissionPolicy", "validatingadmissionpolicies").status(),

@@ -59,6 +59,8 @@ pub struct Strategy {
     pub generation: bool,
     /// Whether a PUT of a name that does not exist creates it.
     pub create_on_update: bool,
+    /// Whether a PUT without a resource version overwrites whatever is there.
+    pub unconditional_update: bool,
 }
 
 /// See [`Strategy::allocate`].
@@ -93,6 +95,7 @@ impl Strategy {
         names: NameRule::Subdomain,
         generation: false,
         create_on_update: false,
+        unconditional_update: true,
     };
 }
 
@@ -100,6 +103,14 @@ impl Strategy {
 pub static DEFAULT: Strategy = Strategy::DEFAULT;
 /// A kind whose generation counts changes of its spec.
 pub static GENERATION: Strategy = Strategy { generation: true, ..Strategy::DEFAULT };
+/// A kind that must be updated with its resource version.
+pub static CONDITIONAL: Strategy = Strategy { unconditional_update: false, ..Strategy::DEFAULT };
+/// The same, counting generations.
+pub static CONDITIONAL_GENERATION: Strategy =
+    Strategy { unconditional_update: false, generation: true, ..Strategy::DEFAULT };
+/// Leases and runtime classes: a PUT creates, or needs the resource version.
+pub static CONDITIONAL_CREATE: Strategy =
+    Strategy { unconditional_update: false, create_on_update: true, ..Strategy::DEFAULT };
 /// Kinds whose PUT creates, with subdomain names (Endpoints, Leases, ...).
 pub static CREATE_ON_UPDATE: Strategy = Strategy { create_on_update: true, ..Strategy::DEFAULT };
 /// RBAC: any path segment is a name, and a PUT creates.
