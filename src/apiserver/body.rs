@@ -56,15 +56,22 @@ impl Body {
             Inner::Empty => Ok(Bytes::new()),
             Inner::Full(bytes) if bytes.len() > limit => Err(CollectError::TooLarge { limit }),
             Inner::Full(bytes) => Ok(bytes),
-            Inner::Boxed(body) => {
-                use http_body_util::BodyExt;
-                match http_body_util::Limited::new(body, limit).collect().await {
-                    Ok(collected) => Ok(collected.to_bytes()),
-                    Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-                        Err(CollectError::TooLarge { limit })
+            Inner::Boxed(mut body) => {
+                let mut pieces: Vec<Bytes> = Vec::new();
+                let mut length = 0usize;
+                while let Some(frame) = std::future::poll_fn(|context| body.as_mut().poll_frame(context)).await {
+                    let Ok(data) = frame.map_err(CollectError::Read)?.into_data() else { continue };
+                    length += data.len();
+                    if length > limit {
+                        return Err(CollectError::TooLarge { limit });
                     }
-                    Err(error) => Err(CollectError::Read(error)),
+                    pieces.push(data);
                 }
+                Ok(match pieces.len() {
+                    0 => Bytes::new(),
+                    1 => pieces.swap_remove(0),
+                    _ => pieces.concat().into(),
+                })
             }
         }
     }

@@ -2,9 +2,10 @@
 
 use super::convert;
 use super::negotiate::{JSON, MEDIA_TYPES, PROTOBUF, YAML};
-use super::options::FieldValidation;
 use super::resources::Resource;
 use super::status::Status;
+use crate::schema::decode::FieldValidation;
+use crate::schema::{self, TypeId};
 use http::HeaderMap;
 use serde_json::Value;
 
@@ -51,58 +52,58 @@ impl BodyFormat {
     }
 }
 
-/// A decoded body and what was questionable about it.
+/// A decoded body in Go form, and what was questionable about it.
 #[derive(Debug)]
 pub struct Decoded {
     pub value: Value,
     pub warnings: Vec<String>,
 }
 
+/// The type of a kind.
+///
+/// # Errors
+/// 500 when the schema does not know it.
+pub fn type_of(kind: Kind<'_>) -> Result<TypeId, Status> {
+    schema::builtin()
+        .by_gvk(kind.group, kind.version, kind.kind)
+        .ok_or_else(|| Status::internal(format!("no schema of {}, Kind={}", kind.api_version(), kind.kind)))
+}
+
 /// Decodes a body that must be of this kind; absent `apiVersion` and `kind` are filled in.
 ///
 /// # Errors
 /// 400 with upstream's text.
-pub fn decode(
-    kind: Kind<'_>,
-    body: &[u8],
-    format: BodyFormat,
-    validation: FieldValidation,
-) -> Result<Decoded, Status> {
-    let _ = validation;
-    let mut value: Value = match format {
-        BodyFormat::Json => serde_json::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
-        BodyFormat::Yaml => serde_yaml::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
+pub fn decode(kind: Kind<'_>, body: &[u8], format: BodyFormat, validation: FieldValidation) -> Result<Decoded, Status> {
+    let node = type_of(kind)?;
+    let expected = schema::decode::Expected { group: kind.group, version: kind.version, kind: kind.kind, node };
+    let format = match format {
+        BodyFormat::Json => schema::decode::Format::Json,
+        BodyFormat::Yaml => schema::decode::Format::Yaml,
         BodyFormat::Protobuf => return Err(Status::unsupported_media_type(&MEDIA_TYPES)),
     };
-    if !value.is_object() {
-        return Err(Status::bad_request("object expected"));
-    }
-    let wanted = kind.api_version();
-    for (key, wanted) in [("apiVersion", wanted.as_str()), ("kind", kind.kind)] {
-        match value.get(key).and_then(Value::as_str) {
-            None | Some("") => value[key] = Value::from(wanted),
-            Some(found) if found == wanted => {}
-            Some(found) => {
-                return Err(Status::bad_request(format!(
-                    "the {key} in the data ({found}) does not match the expected {key} ({wanted})"
-                )));
-            }
-        }
-    }
-    Ok(Decoded { value, warnings: Vec::new() })
+    let decoded = schema::decode::decode(schema::builtin(), &expected, body, format, validation)
+        .map_err(|error| Status::bad_request(error.to_string()))?;
+    Ok(Decoded { value: decoded.value, warnings: decoded.warnings })
 }
 
 /// Fills in what the schema's defaults say.
 pub fn default(kind: Kind<'_>, value: &mut Value) {
-    let _ = (kind, value);
+    if let Ok(node) = type_of(kind) {
+        schema::default::apply(schema::builtin(), node, value);
+    }
 }
 
-/// Brings a value that was assembled (by a patch, or by resetting its status) back into canonical form.
+/// Brings a value that was assembled (by a patch, or by resetting its status) back into Go form.
 ///
 /// # Errors
 /// The text of what does not fit the type.
 pub fn normalize(kind: Kind<'_>, value: Value) -> Result<Value, String> {
-    let _ = kind;
+    let node = type_of(kind).map_err(|status| status.to_string())?;
+    let mut value = schema::typed::normalize(schema::builtin(), node, value)?;
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("apiVersion".to_owned(), Value::String(kind.api_version()));
+        fields.insert("kind".to_owned(), Value::String(kind.kind.to_owned()));
+    }
     Ok(value)
 }
 
@@ -132,4 +133,23 @@ pub fn is_stored_form(resource: &Resource, version: &str) -> bool {
 pub fn to_yaml(json: &[u8]) -> Result<Vec<u8>, Status> {
     let value: Value = serde_json::from_slice(json).map_err(Status::internal)?;
     serde_yaml::to_string(&value).map(String::into_bytes).map_err(Status::internal)
+}
+
+/// The body of a delete: `DeleteOptions` of any group version, or one without type.
+///
+/// # Errors
+/// 400 when it does not decode.
+pub fn decode_delete_options(body: &[u8], format: BodyFormat) -> Result<Value, Status> {
+    let mut value: Value = match format {
+        BodyFormat::Json => serde_json::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
+        BodyFormat::Yaml => serde_yaml::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
+        BodyFormat::Protobuf => return Err(Status::unsupported_media_type(&MEDIA_TYPES)),
+    };
+    if value.is_null() {
+        value = serde_json::json!({});
+    }
+    if !value.is_object() || value.get("kind").and_then(Value::as_str).is_some_and(|k| k != "DeleteOptions") {
+        return Err(Status::bad_request("decoded object cannot be converted to DeleteOptions"));
+    }
+    Ok(value)
 }

@@ -113,7 +113,8 @@ fn is_cpu(metric: &Value, value: &str) -> bool {
 }
 
 fn autoscaler_to_v1(object: &mut Value) {
-    let mut take = |part: &str, key: &str| object.get_mut(part).and_then(Value::as_object_mut).and_then(|p| p.remove(key));
+    let mut take =
+        |part: &str, key: &str| object.get_mut(part).and_then(Value::as_object_mut).and_then(|p| p.remove(key));
     let metrics = take("spec", "metrics");
     let behavior = take("spec", "behavior");
     let current = take("status", "currentMetrics");

@@ -83,9 +83,9 @@ fn refusal(resource: &Resource, field: &str) -> String {
             let version = &resource.storage_version;
             format!("field label not supported for {}/{version}, Kind={kind}: {field}", resource.group)
         }
-        _ if resource.fields.is_empty() => format!(
-            "\"{field}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
-        ),
+        _ if resource.fields.is_empty() => {
+            format!("\"{field}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\"")
+        }
         _ => format!("field label not supported: {field}"),
     }
 }

@@ -194,9 +194,8 @@ mod tests {
     #[test]
     fn metadata_is_checked() {
         let configmaps = &RESOURCES[2];
-        let texts = |object: Value| -> Vec<String> {
-            validate(configmaps, &object).iter().map(ToString::to_string).collect()
-        };
+        let texts =
+            |object: Value| -> Vec<String> { validate(configmaps, &object).iter().map(ToString::to_string).collect() };
         assert!(texts(json!({ "metadata": { "name": "a", "namespace": "b", "generateName": "x-" } })).is_empty());
         let wrong = texts(json!({ "metadata": { "namespace": "b", "labels": { "a": "-" },
             "finalizers": ["orphan", "foregroundDeletion"],
@@ -214,9 +213,12 @@ mod tests {
         new["metadata"]["uid"] = json!("v");
         new["metadata"]["finalizers"] = json!(["x.y/z"]);
         let texts: Vec<String> = validate_update(&new, &old).iter().map(ToString::to_string).collect();
-        assert_eq!(texts, [
-            "metadata.finalizers: Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers []string{\"x.y/z\"}",
-            "metadata.uid: Invalid value: \"v\": field is immutable",
-        ]);
+        assert_eq!(
+            texts,
+            [
+                "metadata.finalizers: Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers []string{\"x.y/z\"}",
+                "metadata.uid: Invalid value: \"v\": field is immutable",
+            ]
+        );
     }
 }

@@ -6,15 +6,54 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | [`service`] | [`ApiServer`]: the whole API as one `tower::Service` |
-//! | [`resources`] | [`resources::RESOURCES`]: one row per kind |
-//! | [`field`] | field errors and their texts |
-//! | [`status`] | `metav1.Status`: what a failure looks like outside |
+//! | [`limits`] | how many requests at once |
+//! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
+//! | [`resources`], [`registry`] | [`resources::RESOURCES`]: one row per kind; the kinds served right now |
+//! | [`discovery`], [`health`] | `/api`, `/apis`; `/livez`, `/readyz`, `/version` |
+//! | [`call`], [`negotiate`] | one request to a resource, and the shapes of answers |
+//! | [`options`], [`selector`], [`fields`] | the options of each verb; label and field selectors |
+//! | [`read`] | get and list |
+//! | [`watch`] | watch |
+//! | [`write`], [`patch`], [`delete`] | create and update, patch, delete and deletecollection |
+//! | [`subresource`] | what lies below an object's path |
+//! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
+//! | [`codec`], [`convert`] | bodies, defaults, versions |
+//! | [`object`], [`scan`] | the stored form: splicing, encoding, looking in without parsing |
+//! | [`table`] | what `kubectl get` prints |
+//! | [`backend`] | store and log underneath |
+//! | [`field`], [`status`] | field errors; `metav1.Status`: what a failure looks like outside |
 //! | [`body`] | the one body type |
 
+pub mod backend;
 pub mod body;
+pub mod call;
+pub mod codec;
+pub mod convert;
+pub mod delete;
+pub mod discovery;
 pub mod field;
+pub mod fields;
+pub mod health;
+pub mod limits;
+pub mod metadata;
+pub mod names;
+pub mod negotiate;
+pub mod object;
+pub mod options;
+pub mod patch;
+pub mod query;
+pub mod read;
+pub mod registry;
+pub mod request;
 pub mod resources;
+pub mod scan;
+pub mod selector;
 pub mod service;
 pub mod status;
+pub mod subresource;
+pub mod table;
+pub mod tracking;
+pub mod watch;
+pub mod write;
 
-pub use service::{ApiServer, client};
+pub use service::{ApiServer, Parts, client};

@@ -6,6 +6,7 @@ use super::query::Query;
 use super::resources::Resource;
 use super::selector::LabelSelector;
 use super::status::Status;
+use crate::schema::decode::FieldValidation;
 use serde_json::{Value, json};
 
 const META: &str = "meta.k8s.io";
@@ -122,9 +123,8 @@ impl ListOptions {
     /// # Errors
     /// 422 when it is no number.
     pub fn revision(&self, resource: &Resource) -> Result<Option<u64>, Status> {
-        parse_revision(&self.resource_version).map_err(|error| {
-            Status::invalid(&resource.group, &resource.plural, "", &vec![error])
-        })
+        parse_revision(&self.resource_version)
+            .map_err(|error| Status::invalid(&resource.group, &resource.plural, "", &vec![error]))
     }
 
     /// Whether some objects may be left out.
@@ -149,15 +149,6 @@ pub fn parse_revision(text: &str) -> Result<Option<u64>, FieldError> {
         let quoted = super::field::quote(text);
         FieldError::invalid("resourceVersion", text, format!("strconv.ParseUint: parsing {quoted}: {why}"))
     })
-}
-
-/// How strictly unknown and duplicate fields are taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum FieldValidation {
-    Ignore,
-    #[default]
-    Warn,
-    Strict,
 }
 
 /// Options of create, update and patch.
@@ -195,15 +186,10 @@ impl WriteOptions {
         }
         let dry_run = check_dry_run(query.all("dryRun").collect(), &mut errors);
         let level = query.get("fieldValidation").unwrap_or_default();
-        let field_validation = match level {
-            "" | "Warn" => FieldValidation::Warn,
-            "Ignore" => FieldValidation::Ignore,
-            "Strict" => FieldValidation::Strict,
-            other => {
-                errors.push(FieldError::not_supported("fieldValidation", other, &["", "Ignore", "Strict", "Warn"]));
-                FieldValidation::Warn
-            }
-        };
+        let field_validation = FieldValidation::parse(level).unwrap_or_else(|| {
+            errors.push(FieldError::not_supported("fieldValidation", level, &["", "Ignore", "Strict", "Warn"]));
+            FieldValidation::Warn
+        });
         refuse(kind, &errors)?;
         let force = query.bool("force");
         Ok(WriteOptions { dry_run, field_manager: field_manager.to_owned(), field_validation, force })

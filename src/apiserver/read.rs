@@ -144,7 +144,7 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
     let resource = call.resource;
     let prefix = resource.collection_key(call.namespace());
     let mut start = prefix.clone();
-    let mut revision = None;
+    let revision;
     if options.continue_token.is_empty() {
         let wanted = options.revision(resource)?;
         fresh(call, wanted).await?;
@@ -158,7 +158,9 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
         (start, revision) = decode_token(&prefix, &options.continue_token)?;
         fresh(call, revision).await?;
     }
-    if let Some(name) = options.fields.exact("metadata.name").filter(|_| revision.is_none() && options.continue_token.is_empty()) {
+    if let Some(name) =
+        options.fields.exact("metadata.name").filter(|_| revision.is_none() && options.continue_token.is_empty())
+    {
         if let Some(page) = single(call, options, name)? {
             return Ok(page);
         }

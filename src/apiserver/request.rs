@@ -96,7 +96,9 @@ impl<'a> RequestInfo<'a> {
                 info.has_rest = after.is_some() || path.ends_with('/');
                 info.rest = match after {
                     // `after` lies in `trimmed`, which lost the slashes at the end of `path`.
-                    Some(after) => &path[path.len() - path.trim_start_matches('/').len() + trimmed.len() - after.len()..],
+                    Some(after) => {
+                        &path[path.len() - path.trim_start_matches('/').len() + trimmed.len() - after.len()..]
+                    }
                     None => "",
                 };
             }

@@ -296,6 +296,16 @@ impl Resource {
         if self.group.is_empty() { version.to_owned() } else { format!("{}/{version}", self.group) }
     }
 
+    /// Whether the status of a new object is the server's to say. Nodes come with theirs.
+    pub fn resets_status(&self) -> bool {
+        self.subresource("status").is_some() && self.kind != "Node"
+    }
+
+    /// Whether a client's `metadata.generation` stays although the kind does not count changes.
+    pub fn keeps_generation(&self) -> bool {
+        false
+    }
+
     /// `apiVersion` of stored values.
     pub fn storage_api_version(&self) -> String {
         self.storage_api_version.clone()
@@ -419,7 +429,8 @@ fn core() -> Vec<Resource> {
         row("Endpoints", "endpoints", Namespaced).short(&["ep"]).strategy(&strategy::CREATE_ON_UPDATE),
         event,
         row("LimitRange", "limitranges", Namespaced).short(&["limits"]).strategy(&strategy::CREATE_ON_UPDATE),
-        row("Namespace", "namespaces", Cluster).returned()
+        row("Namespace", "namespaces", Cluster)
+            .returned()
             .short(&["ns"])
             .verbs(Verbs::ALL.without(Verbs::DELETECOLLECTION))
             .strategy(&strategy::NAMESPACE)
@@ -433,7 +444,8 @@ fn core() -> Vec<Resource> {
             .status(),
         row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).returned().short(&["pvc"]).status(),
         row("PersistentVolume", "persistentvolumes", Cluster).returned().short(&["pv"]).status(),
-        row("Pod", "pods", Namespaced).returned()
+        row("Pod", "pods", Namespaced)
+            .returned()
             .short(&["po"])
             .category("all")
             .strategy(&strategy::GENERATION)
@@ -459,7 +471,8 @@ fn core() -> Vec<Resource> {
             .sub("resize", S::Resize, Verbs::GET_PATCH_UPDATE)
             .status(),
         row("PodTemplate", "podtemplates", Namespaced).returned().strategy(&strategy::GENERATION),
-        row("ReplicationController", "replicationcontrollers", Namespaced).orphans()
+        row("ReplicationController", "replicationcontrollers", Namespaced)
+            .orphans()
             .short(&["rc"])
             .category("all")
             .strategy(&strategy::GENERATION)
@@ -474,7 +487,8 @@ fn core() -> Vec<Resource> {
             Verbs::CREATE,
             ("authentication.k8s.io", "v1", "TokenRequest"),
         ),
-        row("Service", "services", Namespaced).returned()
+        row("Service", "services", Namespaced)
+            .returned()
             .short(&["svc"])
             .category("all")
             .strategy(&strategy::SERVICE)
@@ -515,7 +529,12 @@ fn workloads() -> Vec<Resource> {
             .category("all")
             .status(),
         batch("CronJob", "cronjobs").short(&["cj"]).category("all").strategy(&strategy::GENERATION).status(),
-        batch("Job", "jobs").orphans().category("all").strategy(&strategy::GENERATION).fields(&["status.successful"]).status(),
+        batch("Job", "jobs")
+            .orphans()
+            .category("all")
+            .strategy(&strategy::GENERATION)
+            .fields(&["status.successful"])
+            .status(),
         Resource::new("policy", &["v1"], "PodDisruptionBudget", "poddisruptionbudgets", Namespaced)
             .short(&["pdb"])
             .strategy(&strategy::CONDITIONAL_GENERATION)
@@ -566,7 +585,10 @@ fn cluster() -> Vec<Resource> {
         row(storage, "CSINode", "csinodes", Cluster).returned().strategy(&strategy::CONDITIONAL),
         row(storage, "CSIStorageCapacity", "csistoragecapacities", Namespaced).strategy(&strategy::CONDITIONAL),
         row(storage, "StorageClass", "storageclasses", Cluster).returned().short(&["sc"]),
-        row(storage, "VolumeAttachment", "volumeattachments", Cluster).returned().strategy(&strategy::CONDITIONAL).status(),
+        row(storage, "VolumeAttachment", "volumeattachments", Cluster)
+            .returned()
+            .strategy(&strategy::CONDITIONAL)
+            .status(),
         row(storage, "VolumeAttributesClass", "volumeattributesclasses", Cluster).returned().short(&["vac"]),
         row("scheduling.k8s.io", "PriorityClass", "priorityclasses", Cluster)
             .short(&["pc"])
@@ -577,7 +599,8 @@ fn cluster() -> Vec<Resource> {
         row(resource, "DeviceClass", "deviceclasses", Cluster).returned().strategy(&strategy::GENERATION),
         row(resource, "ResourceClaim", "resourceclaims", Namespaced).returned().status(),
         row(resource, "ResourceClaimTemplate", "resourceclaimtemplates", Namespaced).returned(),
-        row(resource, "ResourceSlice", "resourceslices", Cluster).returned()
+        row(resource, "ResourceSlice", "resourceslices", Cluster)
+            .returned()
             .strategy(&strategy::GENERATION)
             .fields(&["spec.nodeName", "spec.driver"]),
         row(flow, "FlowSchema", "flowschemas", Cluster).strategy(&strategy::GENERATION).status(),

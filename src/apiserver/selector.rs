@@ -422,13 +422,19 @@ mod tests {
             ("a in b", "unable to parse requirement: found 'b' expected: '('"),
             ("=a", "found '=', expected: !, identifier, or 'end of string'"),
             ("a=b c", "found 'c', expected: ',' or 'end of string'"),
-            ("a>x", "unable to parse requirement: values[0]: Invalid value: \"x\": for 'Gt', 'Lt' operators, the value must be an integer"),
+            (
+                "a>x",
+                "unable to parse requirement: values[0]: Invalid value: \"x\": for 'Gt', 'Lt' operators, the value must be an integer",
+            ),
         ] {
             assert_eq!(LabelSelector::parse(selector).unwrap_err(), text, "{selector}");
         }
         let error = LabelSelector::parse("a=-b").unwrap_err();
         assert!(error.starts_with(r#"unable to parse requirement: values[0][a]: Invalid value: "-b": a valid label"#));
         let error = LabelSelector::parse("-a=b").unwrap_err();
-        assert!(error.starts_with(r#"unable to parse requirement: <nil>: Invalid value: "-a": name part must"#), "{error}");
+        assert!(
+            error.starts_with(r#"unable to parse requirement: <nil>: Invalid value: "-a": name part must"#),
+            "{error}"
+        );
     }
 }

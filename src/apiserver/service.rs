@@ -1,14 +1,43 @@
 //! [`ApiServer`]: the whole API as one `tower::Service`, the same for callers over TLS and in this process.
+//!
+//! A request passes limits, the request grammar, authorization and then its verb.
 
+use super::backend::Backend;
 use super::body::Body;
+use super::call::{Call, add_warnings, respond};
+use super::health::{self, Health};
+use super::limits::Limits;
+use super::query::{self, Query};
+use super::registry::Registry;
+use super::request::RequestInfo;
+use super::resources::Resource;
 use super::status::Status;
-use crate::auth::Identity;
+use super::{delete, discovery, patch, read, watch, write};
+use crate::admission::Admission;
+use crate::auth::{Authorizer, Identity};
 use futures::future::BoxFuture;
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
+use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 use tower::Service;
+
+/// A lease takes new keys for so long; then another is made. Their keys live up to this much longer than asked.
+const LEASE_REUSE: Duration = Duration::from_secs(60);
+
+/// What an [`ApiServer`] is made of.
+pub struct Parts {
+    pub backend: Backend,
+    pub authorizer: Authorizer,
+    pub admission: Admission,
+    /// `host:port` that discovery names.
+    pub address: String,
+    /// Ends watches.
+    pub shutdown: CancellationToken,
+}
 
 /// The API service. Cheap to clone; every request needs an [`Identity`] extension or is answered with 401.
 #[derive(Clone)]
@@ -16,15 +45,183 @@ pub struct ApiServer {
     inner: Arc<Inner>,
 }
 
-struct Inner {}
+struct Inner {
+    parts: Parts,
+    registry: Registry,
+    health: Health,
+    limits: Limits,
+    /// The lease that expiring objects are bound to at present, its time to live, and when it was made.
+    lease: Mutex<Option<(u64, u64, Instant)>>,
+}
 
 impl ApiServer {
-    async fn handle(self, request: Request<Body>) -> Response<Body> {
-        let _ = &self.inner;
-        match request.extensions().get::<Identity>() {
-            None => Status::unauthorized().into_response(),
-            Some(_) => Status::no_such_resource().into_response(),
+    /// A service over its parts.
+    pub fn new(parts: Parts) -> ApiServer {
+        ApiServer {
+            inner: Arc::new(Inner {
+                parts,
+                registry: Registry::default(),
+                health: Health::default(),
+                limits: Limits::default(),
+                lease: Mutex::new(None),
+            }),
         }
+    }
+
+    /// Store and log.
+    pub fn backend(&self) -> &Backend {
+        &self.inner.parts.backend
+    }
+
+    /// The admission chain.
+    pub fn admission(&self) -> &Admission {
+        &self.inner.parts.admission
+    }
+
+    /// The authorizer.
+    pub fn authorizer(&self) -> &Authorizer {
+        &self.inner.parts.authorizer
+    }
+
+    /// The kinds served.
+    pub fn registry(&self) -> &Registry {
+        &self.inner.registry
+    }
+
+    /// The health checks; whoever starts the server adds to them.
+    pub fn health(&self) -> &Health {
+        &self.inner.health
+    }
+
+    /// Ends watches when cancelled.
+    pub fn shutdown(&self) -> CancellationToken {
+        self.inner.parts.shutdown.clone()
+    }
+
+    /// The lease for objects of a kind that expires; 0 for all others.
+    ///
+    /// # Errors
+    /// 503 when the lease cannot be made.
+    pub async fn lease_for(&self, resource: &Resource) -> Result<u64, Status> {
+        let ttl = resource.ttl_seconds;
+        if ttl == 0 {
+            return Ok(0);
+        }
+        let now = Instant::now();
+        if let Some((id, of, since)) = *self.inner.lease.lock()
+            && of == ttl
+            && now.duration_since(since) < LEASE_REUSE
+        {
+            return Ok(id);
+        }
+        let id = rand::random::<u64>() >> 1 | 1;
+        self.backend().grant_lease(id, ttl + LEASE_REUSE.as_secs()).await?;
+        *self.inner.lease.lock() = Some((id, ttl, now));
+        Ok(id)
+    }
+
+    async fn handle(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let (parts, body) = request.into_parts();
+        let identity = parts.extensions.get::<Identity>().ok_or_else(Status::unauthorized)?;
+        let query = Query::parse(parts.uri.query());
+        let Some(path) = query::decode(parts.uri.path(), false) else {
+            return Err(Status::bad_request("the path does not decode"));
+        };
+        let info = RequestInfo::new(&parts.method, &path, &query).map_err(Status::bad_request)?;
+        let decision = self.authorizer().authorize(identity, &info.attributes());
+        if !decision.allowed {
+            let message = info.attributes().forbidden_message(identity.user(), &decision.reason);
+            return Err(Status::forbidden_message(info.group, info.resource, &info.name, message));
+        }
+        if !info.is_resource {
+            return self.non_resource(&parts.method, &info, &query, &parts.headers);
+        }
+        let snapshot = self.inner.registry.snapshot();
+        let Some(resource) = snapshot.find(info.group, info.version, info.resource) else {
+            return Ok(page_not_found());
+        };
+        let subresource = match info.subresource {
+            "" => None,
+            name => match resource.subresource(name) {
+                Some(subresource) => Some(subresource),
+                None => return Ok(page_not_found()),
+            },
+        };
+        if !resource.is_namespaced() && !info.namespace.is_empty() && info.resource != "namespaces" {
+            return Ok(page_not_found());
+        }
+        let call = Call {
+            server: self,
+            identity,
+            info: &info,
+            query: &query,
+            headers: &parts.headers,
+            resource,
+            subresource,
+            warnings: Mutex::new(Vec::new()),
+        };
+        let _turn = match info.verb {
+            "watch" => None,
+            _ => Some(self.inner.limits.enter(identity, info.is_read_only()).await?),
+        };
+        let answer = dispatch(&call, body).await;
+        let warnings = call.warnings.into_inner();
+        let mut response = match answer {
+            Ok(response) => response,
+            Err(status) => status.into_response(),
+        };
+        add_warnings(&mut response, &warnings);
+        Ok(response)
+    }
+
+    fn non_resource(
+        &self,
+        method: &Method,
+        info: &RequestInfo<'_>,
+        query: &Query<'_>,
+        headers: &http::HeaderMap,
+    ) -> Result<Response<Body>, Status> {
+        if !matches!(*method, Method::GET | Method::HEAD) {
+            return Err(Status::method_not_allowed());
+        }
+        if let Some(response) = self.inner.health.answer(info.path, query) {
+            return Ok(response);
+        }
+        if info.path.trim_end_matches('/') == "/version" {
+            return Ok(health::version());
+        }
+        let snapshot = self.inner.registry.snapshot();
+        discovery::answer(&snapshot, info.path, headers, &self.inner.parts.address)
+            .unwrap_or_else(|| Ok(page_not_found()))
+    }
+}
+
+/// What a path that nobody serves answers, as Go's mux does.
+fn page_not_found() -> Response<Body> {
+    respond(StatusCode::NOT_FOUND, "text/plain; charset=utf-8", "404 page not found\n".to_owned().into())
+}
+
+async fn dispatch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status> {
+    let verb = call.info.verb;
+    let verbs = call.subresource.map_or(call.resource.verbs, |s| s.verbs);
+    if !verbs.contains_name(verb) {
+        return Err(Status::method_not_allowed());
+    }
+    let spans_namespaces = call.resource.is_namespaced() && call.info.namespace.is_empty();
+    if spans_namespaces && !matches!(verb, "list" | "watch" | "deletecollection") {
+        return Err(if verb == "create" { Status::method_not_allowed() } else { Status::no_such_resource() });
+    }
+    match (verb, call.subresource) {
+        ("get", None) => read::get(call).await,
+        ("list", None) => read::list(call).await,
+        ("watch", None) => watch::watch(call).await,
+        ("create", None) => write::create(call, body).await,
+        ("update", None) => write::update(call, body).await,
+        ("patch", None) => patch::patch(call, body).await,
+        ("delete", None) => delete::delete(call, body).await,
+        ("deletecollection", None) => delete::delete_collection(call, body).await,
+        (_, Some(_)) => super::subresource::dispatch(call, body).await,
+        _ => Err(Status::method_not_allowed()),
     }
 }
 
@@ -39,7 +236,7 @@ impl Service<Request<Body>> for ApiServer {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let server = self.clone();
-        Box::pin(async move { Ok(server.handle(request).await) })
+        Box::pin(async move { Ok(server.handle(request).await.unwrap_or_else(Status::into_response)) })
     }
 }
 

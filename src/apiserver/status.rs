@@ -1,9 +1,10 @@
 //! `metav1.Status`: the one place that turns what went wrong into what a client sees. The texts are upstream's
 //! (`k8s.io/apimachinery/pkg/api/errors`): tools match on them.
 
-use super::body::Body;
-use super::field::{ErrorList, aggregate, quote};
+use super::body::{Body, CollectError};
+use super::field::{ErrorList, FieldError, aggregate, quote};
 use crate::admission::Rejection;
+use crate::schema::patch::PatchError;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -22,6 +23,8 @@ struct Inner {
     reason: &'static str,
     message: String,
     details: Map<String, Value>,
+    /// `metadata.continue`
+    continue_token: String,
 }
 
 /// `resource.group` or `resource` alone: how messages name a resource (or a kind).
@@ -32,7 +35,13 @@ pub fn qualified(group: &str, resource: &str) -> String {
 impl Status {
     /// A failure with nothing but code, reason and message.
     pub fn new(code: StatusCode, reason: &'static str, message: impl Into<String>) -> Status {
-        Status(Box::new(Inner { code: code.as_u16(), reason, message: message.into(), details: Map::new() }))
+        Status(Box::new(Inner {
+            code: code.as_u16(),
+            reason,
+            message: message.into(),
+            details: Map::new(),
+            continue_token: String::new(),
+        }))
     }
 
     fn with(mut self, key: &str, value: impl Into<Value>) -> Status {
@@ -231,6 +240,18 @@ impl Status {
             .with_causes(vec![json!({ "message": why.to_string() })])
     }
 
+    /// The same with `text` before its message.
+    pub fn prefixed(mut self, text: &str) -> Status {
+        self.0.message.insert_str(0, text);
+        self
+    }
+
+    /// The same with a token with which a list goes on.
+    pub fn with_continue(mut self, token: String) -> Status {
+        self.0.continue_token = token;
+        self
+    }
+
     /// HTTP status code.
     pub fn code(&self) -> u16 {
         self.0.code
@@ -257,6 +278,14 @@ impl Status {
             "reason": self.0.reason,
             "code": self.0.code,
         });
+        if self.0.reason.is_empty() {
+            if let Some(fields) = status.as_object_mut() {
+                fields.remove("reason");
+            }
+        }
+        if !self.0.continue_token.is_empty() {
+            status["metadata"]["continue"] = Value::String(self.0.continue_token.clone());
+        }
         if !self.0.details.is_empty() {
             status["details"] = Value::Object(self.0.details.clone());
         }
@@ -282,6 +311,29 @@ impl fmt::Display for Status {
 }
 
 impl std::error::Error for Status {}
+
+impl From<CollectError> for Status {
+    fn from(error: CollectError) -> Status {
+        match error {
+            CollectError::TooLarge { .. } => Status::too_large(error),
+            CollectError::Read(source) => Status::bad_request(format!("unable to read the body: {source}")),
+        }
+    }
+}
+
+impl From<PatchError> for Status {
+    fn from(error: PatchError) -> Status {
+        match error {
+            PatchError::BadRequest(text) => Status::bad_request(text),
+            PatchError::TooLarge(text) => Status::too_large(text),
+            PatchError::Unprocessable(text) => Status::new(StatusCode::UNPROCESSABLE_ENTITY, "", text),
+            PatchError::Invalid { value, detail } => {
+                Status::invalid("", "", "", &vec![FieldError::invalid("patch", value, detail)])
+            }
+            PatchError::Internal(text) => Status::new(StatusCode::INTERNAL_SERVER_ERROR, "", text),
+        }
+    }
+}
 
 impl From<Rejection> for Status {
     fn from(rejection: Rejection) -> Status {

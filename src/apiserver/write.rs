@@ -301,15 +301,31 @@ enum Attempt {
     Lost(bool),
 }
 
-/// Reads, changes and writes the named object.
+/// Reads, changes and writes the named object; creates it where the kind allows that.
 pub async fn modify(call: &Call<'_>, options: &WriteOptions, change: &Change<'_>) -> Result<Written, Status> {
+    let creates = call.resource.strategy.create_on_update && call.subresource.is_none();
+    modify_or(call, options, creates, change).await
+}
+
+/// Reads, changes and writes the named object; 404 when it does not exist.
+pub async fn modify_existing(call: &Call<'_>, options: &WriteOptions, change: &Change<'_>) -> Result<Written, Status> {
+    modify_or(call, options, false, change).await
+}
+
+/// Reads, changes and writes the named object. `creates` says what happens when it does not exist.
+pub async fn modify_or(
+    call: &Call<'_>,
+    options: &WriteOptions,
+    creates: bool,
+    change: &Change<'_>,
+) -> Result<Written, Status> {
     let key = call.key();
     let mut fresh = false;
     for _ in 0..ATTEMPTS {
         let existing = call.server.backend().get(&key)?;
         let attempt = match &existing {
             None if fresh => {
-                if !call.resource.strategy.create_on_update || call.subresource.is_some() {
+                if !creates {
                     return Err(call.not_found());
                 }
                 let created = change(None)?;
@@ -418,22 +434,12 @@ async fn attempt(
         let lease = call.server.lease_for(resource).await?;
         Op::Put { key: key.clone(), value: value.clone(), lease }
     };
-    let response =
-        call.server.backend().txn(Txn { compare, then: vec![operation], or_else: Vec::new() }).await?;
+    let response = call.server.backend().txn(Txn { compare, then: vec![operation], or_else: Vec::new() }).await?;
     if !response.succeeded {
-        return Ok(Attempt::Lost(!meta(&object, "resourceVersion").is_empty() && insists(change, &old)));
+        return Ok(Attempt::Lost(false));
     }
     let revision = if deletes { existing.mod_revision } else { response.revision };
     Ok(Attempt::Done(Written { value, revision, created: false }))
-}
-
-/// Whether the caller's object names the version it was made from, rather than taking over that of the stored one.
-fn insists(change: &Change<'_>, old: &Value) -> bool {
-    let mut other = old.clone();
-    object::set_revision(&mut other, u64::MAX);
-    change(Some(&other)).is_ok_and(|object| {
-        !matches!(meta(&object, "resourceVersion"), "" | "0") && meta(&object, "resourceVersion") != u64::MAX.to_string()
-    })
 }
 
 /// Keeps what the (sub)resource of the call may not write.

@@ -141,13 +141,7 @@ impl Api {
     }
 
     /// Sends a request and reads the whole answer; an error status becomes [`ApiError::Status`].
-    pub async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        content_type: &str,
-        body: Vec<u8>,
-    ) -> Result<Bytes, ApiError> {
+    pub async fn send(&self, method: Method, path: &str, content_type: &str, body: Vec<u8>) -> Result<Bytes, ApiError> {
         send(&self.client, method, path, content_type, "application/json", body).await
     }
 

@@ -46,7 +46,10 @@ mod tests {
         let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(100));
         for ceiling in [10, 20, 40, 80, 100, 100] {
             let delay = backoff.fail();
-            assert!(delay <= Duration::from_millis(ceiling) && delay >= Duration::from_millis(ceiling / 2), "{delay:?}");
+            assert!(
+                delay <= Duration::from_millis(ceiling) && delay >= Duration::from_millis(ceiling / 2),
+                "{delay:?}"
+            );
         }
         backoff.reset();
         assert!(backoff.fail() <= Duration::from_millis(10));

@@ -43,11 +43,7 @@ pub fn start(term: &Term) {
 }
 
 /// A Recreate rollout goes on when the last old pod is gone.
-fn enqueue_recreating(
-    queue: &Arc<Queue>,
-    sets: &Arc<Informer>,
-    pods: &Arc<Informer>,
-) -> super::informer::Subscription {
+fn enqueue_recreating(queue: &Arc<Queue>, sets: &Arc<Informer>, pods: &Arc<Informer>) -> super::informer::Subscription {
     let (queue, sets) = (queue.clone(), sets.clone());
     pods.subscribe(move |delta| {
         let Some(pod) = delta.latest().filter(|pod| delta.new.is_none() || pod.is_finished()) else { return };

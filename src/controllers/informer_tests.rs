@@ -72,7 +72,11 @@ async fn pages_are_listed_and_the_watch_goes_on_from_their_revision() {
     let (heard, asked) = heard(vec![
         list(&[pod("a", 1)], 5, "next"),
         list(&[pod("b", 2)], 5, ""),
-        events(&[("MODIFIED", pod("a", 6)), ("DELETED", pod("b", 7)), ("BOOKMARK", json!({"metadata": {"resourceVersion": "9"}}))]),
+        events(&[
+            ("MODIFIED", pod("a", 6)),
+            ("DELETED", pod("b", 7)),
+            ("BOOKMARK", json!({"metadata": {"resourceVersion": "9"}})),
+        ]),
     ])
     .await;
     assert_eq!(heard, ["+a", "+b", "~a", "-b"]);

@@ -89,9 +89,7 @@ struct MetadataOnly {
 
 async fn lives(api: &Api, resource: &Resource, owner: &Object) -> Result<bool, ApiError> {
     match api.get::<MetadataOnly>(resource, &owner.key).await {
-        Ok(live) => {
-            Ok(live.metadata.uid.as_deref() == Some(&*owner.uid) && live.metadata.deletion_timestamp.is_none())
-        }
+        Ok(live) => Ok(live.metadata.uid.as_deref() == Some(&*owner.uid) && live.metadata.deletion_timestamp.is_none()),
         Err(error) if error.is_not_found() => Ok(false),
         Err(error) => Err(error),
     }
@@ -196,11 +194,16 @@ mod tests {
     #[test]
     fn orphans_are_adopted_strays_released_and_others_left_alone() {
         let owner = object(&REPLICA_SETS, json!({"metadata": {"name": "r", "namespace": "n", "uid": "me"}}));
-        let selector = Selector::of_map(&[("a".to_owned(), "1".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>());
+        let selector = Selector::of_map(
+            &[("a".to_owned(), "1".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+        );
         let pod = |label: &str, controller: Option<&str>, deleting: bool| {
             let owners = controller.map(|uid| json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": uid, "controller": true}]));
-            object(&PODS, json!({"metadata": {"name": "p", "namespace": "n", "uid": "u", "labels": {"a": label},
-                "ownerReferences": owners, "deletionTimestamp": deleting.then_some("2026-01-01T00:00:00Z")}}))
+            object(
+                &PODS,
+                json!({"metadata": {"name": "p", "namespace": "n", "uid": "u", "labels": {"a": label},
+                "ownerReferences": owners, "deletionTimestamp": deleting.then_some("2026-01-01T00:00:00Z")}}),
+            )
         };
         assert_eq!(claim(&owner, &selector, &pod("1", Some("me"), false)), Claim::Keep);
         assert_eq!(claim(&owner, &selector, &pod("2", Some("me"), false)), Claim::Release);

@@ -81,13 +81,8 @@ impl Queue {
 
     /// Asks for the key again after its own growing backoff.
     pub fn retry(&self, key: Key) {
-        let delay = self
-            .inner
-            .lock()
-            .failures
-            .entry(key.clone())
-            .or_insert_with(|| Backoff::new(RETRY_BASE, RETRY_CAP))
-            .fail();
+        let delay =
+            self.inner.lock().failures.entry(key.clone()).or_insert_with(|| Backoff::new(RETRY_BASE, RETRY_CAP)).fail();
         self.add_after(key, delay);
     }
 

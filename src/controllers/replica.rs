@@ -59,7 +59,9 @@ fn compare(a: &Ranked, b: &Ranked, now: Timestamp) -> Ordering {
         .then_with(|| x.pod.ready.cmp(&y.pod.ready))
         .then_with(|| a.cost.cmp(&b.cost))
         .then_with(|| Reverse(a.neighbours).cmp(&Reverse(b.neighbours)))
-        .then_with(|| if x.pod.ready { by_age(x.pod.ready_since, y.pod.ready_since, x, y, now) } else { Ordering::Equal })
+        .then_with(
+            || if x.pod.ready { by_age(x.pod.ready_since, y.pod.ready_since, x, y, now) } else { Ordering::Equal },
+        )
         .then_with(|| Reverse(a.restarts).cmp(&Reverse(b.restarts)))
         .then_with(|| by_age(x.created, y.created, x, y, now))
 }
@@ -149,7 +151,8 @@ mod tests {
         ];
         let related = [pod("crowded", "n2", "Running", true, "", 0), pod("crowding", "n2", "Running", true, "", 0)];
         let ranked = rank(pods, related.iter());
-        let order: Vec<String> = first_to_go(ranked, 7, Timestamp::now()).iter().map(|pod| pod.uid.to_string()).collect();
+        let order: Vec<String> =
+            first_to_go(ranked, 7, Timestamp::now()).iter().map(|pod| pod.uid.to_string()).collect();
         assert_eq!(order, ["unassigned", "pending", "restarting", "unready", "crowded", "plain", "crowding"]);
     }
 }

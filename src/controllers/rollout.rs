@@ -136,7 +136,11 @@ impl Rollout<'_> {
             self.scale();
             return self.finish_status(false);
         }
-        if self.is_rolling() { self.roll() } else { self.recreate(pods) }
+        if self.is_rolling() {
+            self.roll()
+        } else {
+            self.recreate(pods)
+        }
         self.finish_status(true);
     }
 
@@ -256,7 +260,11 @@ impl Rollout<'_> {
     // ---- strategies
 
     fn roll(&mut self) {
-        if self.current.is_some() { self.sync_current() } else { self.create_current() }
+        if self.current.is_some() {
+            self.sync_current()
+        } else {
+            self.create_current()
+        }
         let Some(current) = self.current.as_ref() else { return };
         let target = if replicas(current) > self.wanted() { self.wanted() } else { self.grown(current, self.total()) };
         if replicas(current) != self.wanted() && self.resize_current(target) {

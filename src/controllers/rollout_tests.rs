@@ -147,11 +147,15 @@ fn going_back_to_an_old_template_reuses_its_set_under_a_new_revision() {
 #[test]
 fn a_rollout_without_progress_times_out_and_is_looked_at_again_before() {
     let stuck = |since: &str| {
-        deployment(1, "b", json!({"metadata": {"annotations": {REVISION: "2"}}, "status": {"observedGeneration": 1, "replicas": 2,
+        deployment(
+            1,
+            "b",
+            json!({"metadata": {"annotations": {REVISION: "2"}}, "status": {"observedGeneration": 1, "replicas": 2,
             "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1, "unavailableReplicas": 1, "terminatingReplicas": 0,
             "conditions": [
                 {"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"},
-                {"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated", "lastUpdateTime": since}]}}))
+                {"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated", "lastUpdateTime": since}]}}),
+        )
     };
     let sets = || vec![set("old", "a", 1, 1, 1, 1), set("new", "b", 2, 1, 0, 1)];
     let waiting = planned(&stuck("2026-01-01T00:05:00Z"), sets());

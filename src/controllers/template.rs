@@ -151,8 +151,11 @@ mod tests {
     #[test]
     fn hashes_depend_on_content_not_on_order_or_empty_fields() {
         let template = |json: &str| canonical(&serde_json::from_str::<PodTemplateSpec>(json).unwrap()).unwrap();
-        let one = template(r#"{"metadata":{"labels":{"a":"1","pod-template-hash":"x"}},"spec":{"containers":[{"name":"c","args":[]}]}}"#);
-        let same = template(r#"{"spec":{"containers":[{"name":"c"}],"securityContext":{}},"metadata":{"labels":{"a":"1"}}}"#);
+        let one = template(
+            r#"{"metadata":{"labels":{"a":"1","pod-template-hash":"x"}},"spec":{"containers":[{"name":"c","args":[]}]}}"#,
+        );
+        let same =
+            template(r#"{"spec":{"containers":[{"name":"c"}],"securityContext":{}},"metadata":{"labels":{"a":"1"}}}"#);
         let other = template(r#"{"spec":{"containers":[{"name":"d"}]},"metadata":{"labels":{"a":"1"}}}"#);
         assert_eq!(one, same);
         assert_eq!(hash(&one, None), hash(&same, None));
