@@ -1,6 +1,7 @@
 //! What the API stands on: the store to read from and the consensus log to write through.
 
 use super::status::Status;
+use coracle_raft::ProposeError;
 use coracle_store::{Command, KeyValue, RangeRequest, RangeResponse, Response, Store, StoreError, Txn, TxnResponse};
 use futures::future::BoxFuture;
 use std::sync::Arc;
@@ -104,6 +105,26 @@ impl Backend {
         match self.log.propose(Command::LeaseGrant { id, ttl_seconds }).await? {
             Response::Refused(refusal) => Err(Status::internal(refusal)),
             _ => Ok(()),
+        }
+    }
+}
+
+impl Log for coracle_raft::Node {
+    fn propose(&self, command: Command) -> BoxFuture<'_, Result<Response, LogError>> {
+        Box::pin(async move { coracle_raft::Node::propose(self, command).await.map_err(LogError::from) })
+    }
+
+    fn read_barrier(&self) -> BoxFuture<'_, Result<u64, LogError>> {
+        Box::pin(async move { coracle_raft::Node::read_barrier(self).await.map_err(LogError::from) })
+    }
+}
+
+impl From<ProposeError> for LogError {
+    fn from(error: ProposeError) -> LogError {
+        match error {
+            ProposeError::NotLeader { .. } | ProposeError::Stopped { .. } => LogError::Unavailable(error.into()),
+            ProposeError::OutcomeUnknown => LogError::Unknown(error.into()),
+            ProposeError::TooLarge { .. } | ProposeError::Refused(_) => LogError::Refused(error.into()),
         }
     }
 }

@@ -57,3 +57,6 @@ pub mod watch;
 pub mod write;
 
 pub use service::{ApiServer, Parts, client};
+
+#[cfg(test)]
+mod tests;

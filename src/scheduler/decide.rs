@@ -68,7 +68,8 @@ fn best(world: &World, pod: &PodInfo, nodes: &[&Node]) -> Box<str> {
     }
     let scores = scores(world, pod, nodes);
     let most = scores.iter().max().copied().unwrap_or(0);
-    let best: Vec<&&Node> = nodes.iter().zip(&scores).filter(|(_, score)| **score == most).map(|(node, _)| node).collect();
+    let best: Vec<&&Node> =
+        nodes.iter().zip(&scores).filter(|(_, score)| **score == most).map(|(node, _)| node).collect();
     best.get(rand::rng().random_range(0..best.len().max(1))).map(|node| node.name.clone()).unwrap_or_default()
 }
 
@@ -141,8 +142,11 @@ mod tests {
     use serde_json::{Value, json};
 
     fn using(name: &str, cpu: &str, priority: i32, node: Value) -> Arc<PodInfo> {
-        pod(name, json!({"spec": {"nodeName": node, "priority": priority,
-            "containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]}}))
+        pod(
+            name,
+            json!({"spec": {"nodeName": node, "priority": priority,
+            "containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]}}),
+        )
     }
 
     fn failure(world: &World, pod: &PodInfo) -> (String, Option<Preemption>) {
@@ -165,7 +169,10 @@ mod tests {
             failure(&one, &using("p", "9", 0, Value::Null)).0,
             "0/1 nodes are available: 1 Insufficient cpu. preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."
         );
-        let two = world(&[node("a", json!({"spec": {"unschedulable": true}})), node("b", json!({}))], &[using("x", "4", 0, json!("b"))]);
+        let two = world(
+            &[node("a", json!({"spec": {"unschedulable": true}})), node("b", json!({}))],
+            &[using("x", "4", 0, json!("b"))],
+        );
         assert_eq!(
             failure(&two, &using("p", "1", 0, Value::Null)).0,
             "0/2 nodes are available: 1 Insufficient cpu, 1 node(s) were unschedulable. preemption: 0/2 nodes are available: \
@@ -190,7 +197,10 @@ mod tests {
         let cluster = world(&[node("a", json!({}))], &[]);
         let promised = using("first", "3", 10, Value::Null);
         let nominations = Nominations::from([("a".into(), vec![promised.clone()])]);
-        assert!(matches!(decide(&cluster, &nominations, &using("p", "2", 0, Value::Null)), Decision::Unschedulable { .. }));
+        assert!(matches!(
+            decide(&cluster, &nominations, &using("p", "2", 0, Value::Null)),
+            Decision::Unschedulable { .. }
+        ));
         assert!(matches!(decide(&cluster, &nominations, &promised), Decision::Bind(_)));
         assert!(matches!(decide(&cluster, &nominations, &using("p", "2", 20, Value::Null)), Decision::Bind(_)));
     }

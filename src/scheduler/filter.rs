@@ -183,7 +183,8 @@ pub fn tolerates_one(toleration: &Toleration, taint: &Taint) -> bool {
     match toleration.operator.as_deref().unwrap_or_default() {
         "Exists" => true,
         "" | "Equal" => {
-            key.is_some() && toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default()
+            key.is_some()
+                && toleration.value.as_deref().unwrap_or_default() == taint.value.as_deref().unwrap_or_default()
         }
         _ => false,
     }
@@ -211,7 +212,11 @@ mod tests {
         let requests = |what: Value| json!({"spec": {"containers": [{"name": "c", "resources": {"requests": what}}]}});
         assert_eq!(verdict(json!({}), json!({})), None);
         rejected(json!({"spec": {"unschedulable": true}}), json!({}), "node(s) were unschedulable");
-        rejected(json!({}), json!({"spec": {"nodeSelector": {"x": "y"}}}), "node(s) didn't match Pod's node affinity/selector");
+        rejected(
+            json!({}),
+            json!({"spec": {"nodeSelector": {"x": "y"}}}),
+            "node(s) didn't match Pod's node affinity/selector",
+        );
         rejected(
             json!({"spec": {"taints": [{"key": "k", "effect": "NoSchedule"}]}}),
             json!({}),

@@ -136,7 +136,9 @@ impl NodeTerm {
 
     /// Whether a node matches. An empty term matches none.
     pub fn matches(&self, name: &str, labels: &Labels) -> bool {
-        !self.empty && self.labels.matches(labels) && self.fields.matches(&Labels::from_pairs([("metadata.name", name)]))
+        !self.empty
+            && self.labels.matches(labels)
+            && self.fields.matches(&Labels::from_pairs([("metadata.name", name)]))
     }
 
     /// Weight of a preferred term.
@@ -191,11 +193,7 @@ fn with_label_keys(
 ) -> Selector {
     let labels = Labels::from_map(pod.metadata.labels.as_ref());
     let requirement = |key: &String, operator| {
-        Some(Requirement {
-            key: key.as_str().into(),
-            operator,
-            values: Box::new([labels.get(key)?.into()]),
-        })
+        Some(Requirement { key: key.as_str().into(), operator, values: Box::new([labels.get(key)?.into()]) })
     };
     let matching = matching.into_iter().flatten().filter_map(|key| requirement(key, Operator::In));
     let mismatching = mismatching.into_iter().flatten().filter_map(|key| requirement(key, Operator::NotIn));
@@ -455,9 +453,10 @@ fn estimated(spec: &PodSpec) -> (i64, i64) {
 }
 
 fn host_ports(spec: &PodSpec) -> Vec<HostPort> {
-    let containers = spec.containers.iter().chain(
-        spec.init_containers.iter().flatten().filter(|init| init.restart_policy.as_deref() == Some("Always")),
-    );
+    let containers = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten().filter(|init| init.restart_policy.as_deref() == Some("Always")));
     containers
         .flat_map(|container| container.ports.iter().flatten())
         .filter_map(|port| {

@@ -48,8 +48,14 @@ impl Hint {
 enum Place {
     Active(Rank),
     /// `hasty`: need not be waited out when nothing else waits.
-    Backoff { until: Instant, hasty: bool },
-    Unschedulable { plugins: HashSet<Plugin>, since: Instant },
+    Backoff {
+        until: Instant,
+        hasty: bool,
+    },
+    Unschedulable {
+        plugins: HashSet<Plugin>,
+        since: Instant,
+    },
     Gated,
     /// Taken out, a decision or binding under way.
     Taken,
@@ -292,7 +298,10 @@ mod tests {
         assert_eq!(popped(&mut queue, start + Duration::from_secs(2)), None);
         queue.hint(Hint::PodGone, start);
         queue.put(waiting("b", -1), start);
-        assert_eq!((popped(&mut queue, start), popped(&mut queue, start)), (Some("b".to_owned()), Some("a".to_owned())));
+        assert_eq!(
+            (popped(&mut queue, start), popped(&mut queue, start)),
+            (Some("b".to_owned()), Some("a".to_owned()))
+        );
     }
 
     #[test]

@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn the_emptier_the_preferred_and_the_untainted_node_win() {
-        let busy = json!({"spec": {"nodeName": "a", "containers": [{"name": "c", "resources": {"requests": {"cpu": "2"}}}]}});
+        let busy =
+            json!({"spec": {"nodeName": "a", "containers": [{"name": "c", "resources": {"requests": {"cpu": "2"}}}]}});
         let cluster = world(&[node("a", json!({})), node("b", json!({}))], &[pod("x", busy)]);
         assert_eq!(&*best(&cluster, &pod("p", json!({}))), "b");
         let wants_a = json!({"spec": {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
@@ -120,8 +121,11 @@ mod tests {
     #[test]
     fn pods_of_one_owner_spread() {
         let owned = |name: &str, node: Option<&str>| {
-            pod(name, json!({"metadata": {"ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "r",
-                "controller": true}]}, "spec": {"nodeName": node}}))
+            pod(
+                name,
+                json!({"metadata": {"ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "r",
+                "controller": true}]}, "spec": {"nodeName": node}}),
+            )
         };
         let cluster = world(&[node("a", json!({})), node("b", json!({}))], &[owned("x", Some("a"))]);
         assert_eq!(&*best(&cluster, &owned("p", None)), "b");

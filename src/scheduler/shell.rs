@@ -281,8 +281,7 @@ impl Scheduler {
             Some(selector) => {
                 let status = object.decode::<PodDisruptionBudget>()?.status;
                 let allowed = status.map_or(0, |status| status.disruptions_allowed);
-                let budget =
-                    Budget { namespace: object.key.namespace().into(), selector: selector.clone(), allowed };
+                let budget = Budget { namespace: object.key.namespace().into(), selector: selector.clone(), allowed };
                 self.world.budgets.insert(object.key.clone(), budget);
             }
         }
@@ -395,8 +394,7 @@ async fn tell_unschedulable(
 ) -> Result<(), ApiError> {
     let pod: Pod = object.decode()?;
     let status = pod.status.unwrap_or_default();
-    let present =
-        status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled").cloned();
+    let present = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled").cloned();
     let same = present.as_ref().is_some_and(|condition| {
         condition.status == "False"
             && condition.reason.as_deref() == Some("Unschedulable")

@@ -113,10 +113,7 @@ fn sum_over(world: &World, nodes: &[&Node], keys: &[&str], counts: &dyn Fn(usize
         }
     }
     let crowd = |node: &&Node| {
-        keys.iter()
-            .enumerate()
-            .filter_map(|(index, key)| by_domain.get(&(index, node.labels.get(key)?)))
-            .sum::<i64>()
+        keys.iter().enumerate().filter_map(|(index, key)| by_domain.get(&(index, node.labels.get(key)?))).sum::<i64>()
     };
     nodes.iter().map(crowd).collect()
 }
@@ -137,9 +134,12 @@ mod tests {
             &[zoned("a", "1"), zoned("b", "2"), node("c", json!({}))],
             &[there("p", "a"), there("q", "a"), there("r", "b")],
         );
-        let new = pod("new", json!({"metadata": {"labels": {"app": "x"}}, "spec": {"topologySpreadConstraints": [
+        let new = pod(
+            "new",
+            json!({"metadata": {"labels": {"app": "x"}}, "spec": {"topologySpreadConstraints": [
             {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule",
-                "labelSelector": {"matchLabels": {"app": "x"}}}]}}));
+                "labelSelector": {"matchLabels": {"app": "x"}}}]}}),
+        );
         let state = PodState::new(&world, &new);
         let verdicts: Vec<Option<String>> =
             world.nodes().map(|node| check(&world, &state, &new, node).err().map(|r| r.reasons[0].clone())).collect();

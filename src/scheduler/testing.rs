@@ -19,7 +19,8 @@ pub fn node(name: &str, extra: Value) -> ApiNode {
 
 /// A pod whose uid is its name, changed by `extra`.
 pub fn pod(name: &str, extra: Value) -> Arc<PodInfo> {
-    let mut pod = json!({"metadata": {"name": name, "namespace": "n", "uid": name}, "spec": {"containers": [{"name": "c"}]}});
+    let mut pod =
+        json!({"metadata": {"name": name, "namespace": "n", "uid": name}, "spec": {"containers": [{"name": "c"}]}});
     json_patch::merge(&mut pod, &extra);
     PodInfo::new(&serde_json::from_value(pod).unwrap())
 }

@@ -246,17 +246,21 @@ impl World {
     /// Takes in a volume.
     pub fn set_volume(&mut self, name: &str, volume: &PersistentVolume) {
         let spec = volume.spec.as_ref();
-        let required = spec.and_then(|spec| spec.node_affinity.as_ref()).and_then(|affinity| affinity.required.as_ref());
+        let required =
+            spec.and_then(|spec| spec.node_affinity.as_ref()).and_then(|affinity| affinity.required.as_ref());
         let claim = spec.and_then(|spec| spec.claim_ref.as_ref()).map(|claim| {
             Key::new(claim.namespace.as_deref().unwrap_or_default(), claim.name.as_deref().unwrap_or_default())
         });
         let capacity = spec.and_then(|spec| spec.capacity.as_ref());
         let entry = Volume {
-            affinity: required.map(|selector| selector.node_selector_terms.iter().map(|t| NodeTerm::new(t, 0)).collect()),
+            affinity: required
+                .map(|selector| selector.node_selector_terms.iter().map(|t| NodeTerm::new(t, 0)).collect()),
             claim,
             class: spec.and_then(|spec| spec.storage_class_name.as_deref()).unwrap_or_default().into(),
             modes: spec.and_then(|spec| spec.access_modes.clone()).unwrap_or_default(),
-            capacity: capacity.and_then(|capacity| capacity.get("storage")).map_or(0, |quantity| milli(quantity) / 1000),
+            capacity: capacity
+                .and_then(|capacity| capacity.get("storage"))
+                .map_or(0, |quantity| milli(quantity) / 1000),
         };
         self.volumes.insert(name.into(), entry);
     }
@@ -279,7 +283,8 @@ mod tests {
     fn an_assumed_pod_counts_until_it_is_confirmed_or_forgotten_and_never_twice() {
         let mut world = World::default();
         world.set_node(&node("a", json!({})));
-        let waiting = pod("p", json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "100m"}}}]}}));
+        let waiting =
+            pod("p", json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "100m"}}}]}}));
         world.assume(&waiting, "a");
         assert_eq!(world.node("a").unwrap().requested.milli_cpu, 100);
         assert!(world.is_assumed("p"));
