@@ -302,10 +302,16 @@ async fn carry_out(
     if !response.succeeded {
         return Ok(None);
     }
-    if !gone {
+    if gone {
+        super::write::release(call, name_of(&after), &after, None).await;
+    } else {
         object::set_revision(&mut after, response.revision);
     }
     Ok(Some(Deleted { object: after, gone }))
+}
+
+fn name_of(object: &Value) -> &str {
+    object["metadata"]["name"].as_str().unwrap_or_default()
 }
 
 async fn admit(

@@ -360,6 +360,11 @@ impl fmt::Debug for Resource {
 /// All built-in kinds in the order discovery lists groups.
 pub static RESOURCES: LazyLock<Vec<Arc<Resource>>> = LazyLock::new(|| rows().into_iter().map(Arc::new).collect());
 
+/// The row of a built-in kind.
+pub fn builtin(group: &str, plural: &str) -> Option<&'static Resource> {
+    RESOURCES.iter().find(|r| r.group == group && r.plural == plural).map(Arc::as_ref)
+}
+
 /// API groups in the order `/apis` lists them (upstream's priorities), the core group left out.
 pub const GROUPS: [&str; 20] = [
     "apiregistration.k8s.io",
@@ -425,7 +430,7 @@ fn core() -> Vec<Resource> {
             .short(&["cs"])
             .verbs(Verbs::GET.or(Verbs::LIST))
             .answers(Virtual::ComponentStatus),
-        row("ConfigMap", "configmaps", Namespaced).short(&["cm"]),
+        row("ConfigMap", "configmaps", Namespaced).strategy(&strategy::config::CONFIG_MAP).short(&["cm"]),
         row("Endpoints", "endpoints", Namespaced).short(&["ep"]).strategy(&strategy::CREATE_ON_UPDATE),
         event,
         row("LimitRange", "limitranges", Namespaced).short(&["limits"]).strategy(&strategy::CREATE_ON_UPDATE),
@@ -433,7 +438,7 @@ fn core() -> Vec<Resource> {
             .returned()
             .short(&["ns"])
             .verbs(Verbs::ALL.without(Verbs::DELETECOLLECTION))
-            .strategy(&strategy::NAMESPACE)
+            .strategy(&strategy::config::NAMESPACE)
             .fields(&["status.phase"])
             .sub("finalize", S::Finalize, Verbs::UPDATE)
             .status(),
@@ -442,13 +447,13 @@ fn core() -> Vec<Resource> {
             .fields(&["spec.unschedulable"])
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "NodeProxyOptions"))
             .status(),
-        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).returned().short(&["pvc"]).status(),
-        row("PersistentVolume", "persistentvolumes", Cluster).returned().short(&["pv"]).status(),
+        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).strategy(&strategy::fixed::CLAIM).returned().short(&["pvc"]).status(),
+        row("PersistentVolume", "persistentvolumes", Cluster).strategy(&strategy::fixed::VOLUME).returned().short(&["pv"]).status(),
         row("Pod", "pods", Namespaced)
             .returned()
             .short(&["po"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::pod::POD)
             .fields(&[
                 "spec.nodeName",
                 "spec.restartPolicy",
@@ -475,12 +480,12 @@ fn core() -> Vec<Resource> {
             .orphans()
             .short(&["rc"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::workload::REPLICATION_CONTROLLER)
             .fields(&["status.replicas"])
             .scale()
             .status(),
         row("ResourceQuota", "resourcequotas", Namespaced).returned().short(&["quota"]).status(),
-        row("Secret", "secrets", Namespaced).fields(&["type"]),
+        row("Secret", "secrets", Namespaced).strategy(&strategy::config::SECRET).fields(&["type"]),
         row("ServiceAccount", "serviceaccounts", Namespaced).returned().short(&["sa"]).sub_of(
             "token",
             S::Token,
@@ -491,7 +496,7 @@ fn core() -> Vec<Resource> {
             .returned()
             .short(&["svc"])
             .category("all")
-            .strategy(&strategy::SERVICE)
+            .strategy(&strategy::service::SERVICE)
             .fields(&["spec.clusterIP", "spec.type"])
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "ServiceProxyOptions"))
             .status(),
@@ -504,40 +509,40 @@ fn workloads() -> Vec<Resource> {
     let batch = |kind: &'static str, plural: &'static str| Resource::new("batch", &["v1"], kind, plural, Namespaced);
     vec![
         apps("ControllerRevision", "controllerrevisions"),
-        apps("DaemonSet", "daemonsets").short(&["ds"]).category("all").strategy(&strategy::GENERATION).status(),
+        apps("DaemonSet", "daemonsets").short(&["ds"]).category("all").strategy(&strategy::workload::DAEMON_SET).status(),
         apps("Deployment", "deployments")
             .short(&["deploy"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::workload::DEPLOYMENT)
             .scale()
             .status(),
         apps("ReplicaSet", "replicasets")
             .short(&["rs"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::workload::REPLICA_SET)
             .fields(&["status.replicas"])
             .scale()
             .status(),
         apps("StatefulSet", "statefulsets")
             .short(&["sts"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::workload::STATEFUL_SET)
             .scale()
             .status(),
-        Resource::new("autoscaling", &["v2", "v1"], "HorizontalPodAutoscaler", "horizontalpodautoscalers", Namespaced)
+        Resource::new("autoscaling", &["v2", "v1"], "HorizontalPodAutoscaler", "horizontalpodautoscalers", Namespaced).strategy(&strategy::fixed::AUTOSCALER)
             .short(&["hpa"])
             .category("all")
             .status(),
-        batch("CronJob", "cronjobs").short(&["cj"]).category("all").strategy(&strategy::GENERATION).status(),
+        batch("CronJob", "cronjobs").short(&["cj"]).category("all").strategy(&strategy::job::CRON_JOB).status(),
         batch("Job", "jobs")
             .orphans()
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::job::JOB)
             .fields(&["status.successful"])
             .status(),
         Resource::new("policy", &["v1"], "PodDisruptionBudget", "poddisruptionbudgets", Namespaced)
             .short(&["pdb"])
-            .strategy(&strategy::CONDITIONAL_GENERATION)
+            .strategy(&strategy::fixed::BUDGET)
             .status(),
     ]
 }

@@ -15,6 +15,7 @@ use super::status::Status;
 use super::{delete, discovery, patch, read, watch, write};
 use crate::admission::Admission;
 use crate::auth::{Authorizer, Identity};
+use crate::strategy::service::allocation::ServiceNetwork;
 use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use parking_lot::Mutex;
@@ -35,6 +36,8 @@ pub struct Parts {
     pub admission: Admission,
     /// `host:port` that discovery names.
     pub address: String,
+    /// Where Service addresses and node ports come from.
+    pub services: ServiceNetwork,
     /// Ends watches.
     pub shutdown: CancellationToken,
 }
@@ -71,6 +74,11 @@ impl ApiServer {
     /// Store and log.
     pub fn backend(&self) -> &Backend {
         &self.inner.parts.backend
+    }
+
+    /// Where Service addresses and node ports come from.
+    pub fn service_network(&self) -> &ServiceNetwork {
+        &self.inner.parts.services
     }
 
     /// The admission chain.

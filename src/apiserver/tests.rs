@@ -4,6 +4,7 @@ use super::backend::memory;
 use super::body::Body;
 use super::{ApiServer, Parts};
 use crate::auth::Identity;
+use crate::strategy::service::allocation::ServiceNetwork;
 use http::{Request, Response};
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -19,6 +20,7 @@ impl Harness {
             authorizer: Default::default(),
             admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
+            services: ServiceNetwork { range: "10.43.0.0/16".parse().unwrap(), node_ports: 30000..=32767 },
             shutdown: Default::default(),
         });
         Harness { server }

@@ -438,8 +438,26 @@ async fn attempt(
     if !response.succeeded {
         return Ok(Attempt::Lost(false));
     }
+    release(call, name, &old, (!deletes).then_some(&object)).await;
     let revision = if deletes { existing.mod_revision } else { response.revision };
     Ok(Attempt::Done(Written { value, revision, created: false }))
+}
+
+/// Gives back what the strategy had allocated for an object that has been changed or (`new` is none) deleted.
+pub(super) async fn release(call: &Call<'_>, name: &str, old: &Value, new: Option<&Value>) {
+    let Some(released) = call.resource.strategy.released else { return };
+    let namespace = old["metadata"]["namespace"].as_str().unwrap_or_default();
+    let now = metadata::now();
+    let context = Context {
+        resource: call.resource,
+        subresource: call.subresource_name(),
+        namespace,
+        name,
+        identity: call.identity,
+        now: &now,
+        dry_run: false,
+    };
+    released(call.server, &context, old, new).await;
 }
 
 /// Keeps what the (sub)resource of the call may not write.

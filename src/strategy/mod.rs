@@ -1,8 +1,27 @@
 //! What differs between kinds when an object is written: conditional defaults, validation, names, generation.
 //!
 //! The engine in [`crate::apiserver`] is the same for all kinds; a row of `RESOURCES` points to one [`Strategy`].
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`config`] | ConfigMaps, Secrets, Namespaces |
+//! | [`fixed`] | fields that must not change, and kinds with few rules |
+//! | [`job`] | Jobs and CronJobs |
+//! | [`pod`] | pods and pod templates |
+//! | [`service`] | Services, their addresses and node ports |
+//! | [`workload`] | what has a selector, a template and a count |
+//! | [`value`] | small readings of JSON objects |
+//!
 //! The schema's own defaults and structural checks have already run when these are called, and objects are in the
 //! storage version.
+
+pub mod config;
+pub mod fixed;
+pub mod job;
+pub mod pod;
+pub mod service;
+pub mod value;
+pub mod workload;
 
 use crate::apiserver::ApiServer;
 use crate::apiserver::field::ErrorList;
@@ -54,6 +73,8 @@ pub struct Strategy {
     /// What needs the cluster's state before the write, e.g. Service addresses and node ports. `old` is none for a create.
     /// After a failed write the next attempt calls it again, so it must be repeatable.
     pub allocate: Option<Allocate>,
+    /// Gives back what `allocate` took, after a write or a deletion (`new` is none) has been committed.
+    pub released: Option<Released>,
     pub names: NameRule,
     /// Whether `metadata.generation` counts changes outside `metadata` and `status`.
     pub generation: bool,
@@ -71,12 +92,17 @@ pub type Allocate = for<'a> fn(
     old: Option<&'a Value>,
 ) -> BoxFuture<'a, Result<(), Status>>;
 
+/// See [`Strategy::released`].
+pub type Released = for<'a> fn(
+    server: &'a ApiServer,
+    context: &'a Context<'a>,
+    old: &'a Value,
+    new: Option<&'a Value>,
+) -> BoxFuture<'a, ()>;
+
 fn no_prepare_create(_: &Context<'_>, _: &mut Value) {}
 fn no_prepare_update(_: &Context<'_>, _: &mut Value, _: &Value) {}
 fn no_validate_create(_: &Context<'_>, _: &Value) -> ErrorList {
-    ErrorList::new()
-}
-fn no_validate_update(_: &Context<'_>, _: &Value, _: &Value) -> ErrorList {
     ErrorList::new()
 }
 fn no_warnings(_: &Context<'_>, _: &Value) -> Vec<String> {
@@ -89,9 +115,10 @@ impl Strategy {
         prepare_create: no_prepare_create,
         prepare_update: no_prepare_update,
         validate_create: no_validate_create,
-        validate_update: no_validate_update,
+        validate_update: fixed::changes,
         warnings: no_warnings,
         allocate: None,
+        released: None,
         names: NameRule::Subdomain,
         generation: false,
         create_on_update: false,
@@ -115,7 +142,3 @@ pub static CONDITIONAL_CREATE: Strategy =
 pub static CREATE_ON_UPDATE: Strategy = Strategy { create_on_update: true, ..Strategy::DEFAULT };
 /// RBAC: any path segment is a name, and a PUT creates.
 pub static RBAC: Strategy = Strategy { names: NameRule::PathSegment, create_on_update: true, ..Strategy::DEFAULT };
-/// Namespaces: names are labels.
-pub static NAMESPACE: Strategy = Strategy { names: NameRule::Label, ..Strategy::DEFAULT };
-/// Services: names are RFC 1035 labels and a PUT creates.
-pub static SERVICE: Strategy = Strategy { names: NameRule::Label1035, create_on_update: true, ..Strategy::DEFAULT };

@@ -1,1 +1,11 @@
+//! Stories about the whole program: real servers in network namespaces, upstream's kubectl, and what a user would see.
+//! Needs root; `CORACLE_BIN` names the binary (default: the one built with these tests).
 
+mod harness;
+
+mod bad_input;
+mod healing;
+mod kubectl;
+mod network;
+mod uninstall;
+mod web;
