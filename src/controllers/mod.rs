@@ -39,9 +39,13 @@ pub mod runner;
 pub mod selector;
 pub mod template;
 
+mod backend;
 mod deployment;
+mod endpoint;
+mod endpointslice;
 mod replicaset;
 mod rollout;
+mod serviceaccount;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -155,6 +159,9 @@ fn begin_term(context: &Context) -> Term {
     let term = Term { context: context.clone(), informers, recorder, cancel, tasks };
     deployment::start(&term);
     replicaset::start(&term);
+    endpointslice::start(&term);
+    endpoint::start(&term);
+    serviceaccount::start(&term);
     crate::scheduler::start(&term);
     term
 }
