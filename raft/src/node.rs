@@ -25,7 +25,7 @@ use crate::snapshot::{self, SnapshotError};
 use crate::transport::Alone;
 use crate::upkeep;
 use crate::view::{self, Backend, View, ViewError};
-use crate::wal::{Wal, WalError, WalOptions};
+use crate::wal::{SyncFile, Wal, WalError, WalOptions};
 
 /// openraft over our log, state and network.
 pub(crate) type Engine = openraft::Raft<TypeConfig, StateMachine>;
@@ -50,8 +50,13 @@ pub struct Options {
     pub address: String,
     /// Bytes of a log segment; None chooses by the size of the disk.
     pub segment_size: Option<u64>,
+    /// Bytes of log after which a snapshot is written (more when the state itself is larger).
+    pub snapshot_distance: u64,
     /// How often history is compacted; as much of it is kept.
     pub compaction_interval: Duration,
+    /// The kernel's id of this boot, by which a state left by a killed process is told from one left by a power cut;
+    /// None asks the kernel. For tests of power cuts.
+    pub boot_id: Option<String>,
 }
 
 impl Options {
@@ -62,7 +67,9 @@ impl Options {
             backend: Backend::Sled { cache_capacity: 32 << 20 },
             address: String::new(),
             segment_size: None,
+            snapshot_distance: 32 << 20,
             compaction_interval: Duration::from_secs(300),
+            boot_id: None,
         }
     }
 }
@@ -149,13 +156,17 @@ impl Node {
     /// # Errors
     /// The data directory is unusable, in use or damaged; see [`StartError`].
     pub async fn start(options: Options) -> Result<Node, StartError> {
+        Node::start_on(options, Arc::new(|file| file.sync_data())).await
+    }
+
+    /// As [`Node::start`], with the log made durable by `sync`.
+    pub(crate) async fn start_on(options: Options, sync: SyncFile) -> Result<Node, StartError> {
         let opening = options.clone();
-        let opened = tokio::task::spawn_blocking(move || open(&opening)).await;
+        let opened = tokio::task::spawn_blocking(move || open(&opening, sync)).await;
         let Opened { lock, member, wal, snapshots, state } =
             opened.map_err(|panic| StartError::Engine(panic.to_string()))??;
         let view::Opened { store, writer, applied, view } = state;
         let growth = snapshots.growth.clone();
-        let last = wal.last();
         let log = Log::new(wal, growth.clone());
         let broken = view.clone();
         let apply = ApplyThread::start(writer, move || broken.distrust());
@@ -163,7 +174,7 @@ impl Node {
         let machine = StateMachine::new(apply.clone(), Arc::new(snapshots), applied);
         let config = Arc::new(config().map_err(|e| StartError::Engine(e.to_string()))?);
         let raft = Engine::new(member.id, config, Alone, log.clone(), machine).await.map_err(engine)?;
-        let started = lead(&raft, &member, &options, last.map(|id| id.index)).await;
+        let started = lead(&raft, &member, &options).await;
         if let Err(error) = started {
             // The first error is the one to report.
             let _ = raft.shutdown().await;
@@ -278,6 +289,12 @@ impl Node {
         }
     }
 
+    /// Index of the last entry of the log.
+    #[cfg(test)]
+    pub(crate) async fn log_end(&self) -> u64 {
+        self.inner.raft.metrics().borrow_watched().last_log_index.unwrap_or(0)
+    }
+
     fn stop_reason(&self) -> Option<String> {
         self.inner.stopped.borrow().clone()
     }
@@ -324,7 +341,7 @@ fn engine(error: impl std::fmt::Display) -> StartError {
 }
 
 /// Opens everything on disk. Blocks.
-fn open(options: &Options) -> Result<Opened, StartError> {
+fn open(options: &Options, sync: SyncFile) -> Result<Opened, StartError> {
     let dir = &options.data_dir;
     make_private(dir).map_err(data_dir("creating", dir))?;
     let lock = member::lock(dir).map_err(data_dir("locking", dir))?;
@@ -334,12 +351,13 @@ fn open(options: &Options) -> Result<Opened, StartError> {
         Some(size) => size,
         None => segment_size(dir).map_err(data_dir("measuring the disk", dir))?,
     };
-    let wal = Wal::open(&dir.join("wal"), WalOptions::new(segment_size))?;
+    let wal = Wal::open(&dir.join("wal"), WalOptions { segment_size, sync })?;
     let snapshot_dir = dir.join("snapshot");
     let snapshot = snapshot::newest(&snapshot_dir)?;
-    let state = view::open(dir, &options.backend, snapshot.as_ref(), &wal)?;
+    let boot_id = options.boot_id.clone().unwrap_or_else(view::boot_id);
+    let state = view::open(dir, &options.backend, boot_id, snapshot.as_ref(), &wal)?;
     let growth = Arc::new(Growth::default());
-    let snapshots = Snapshots::new(snapshot_dir, snapshot, growth);
+    let snapshots = Snapshots::new(snapshot_dir, options.snapshot_distance, snapshot, growth);
     let (bytes, entries) = wal.size_after(snapshots.covered());
     snapshots.growth.add(bytes, entries);
     Ok(Opened { lock, member, wal, snapshots, state })
@@ -357,7 +375,7 @@ fn segment_size(dir: &Path) -> io::Result<u64> {
 }
 
 /// A lost leader is replaced in under two seconds; ticks come every 60 ms. Snapshots are triggered by
-/// [`upkeep::snapshots`], and a thousand entries stay behind them for members that lag a little.
+/// [`upkeep::snapshots`]; no entry need stay behind them, there is no member that could lag.
 fn config() -> Result<Config, openraft::ConfigError> {
     Config {
         cluster_name: "coracle".to_owned(),
@@ -366,7 +384,7 @@ fn config() -> Result<Config, openraft::ConfigError> {
         election_timeout_max: 1500,
         install_snapshot_timeout: 60_000,
         snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: 1000,
+        max_in_snapshot_log_to_keep: 0,
         enable_pre_vote: Some(true),
         ..Config::default()
     }
@@ -374,7 +392,7 @@ fn config() -> Result<Config, openraft::ConfigError> {
 }
 
 /// Makes this member the leader of its cluster of one, and waits until everything in its log is applied.
-async fn lead(raft: &Engine, member: &Member, options: &Options, last: Option<u64>) -> Result<(), StartError> {
+async fn lead(raft: &Engine, member: &Member, options: &Options) -> Result<(), StartError> {
     if !raft.is_initialized().await.map_err(engine)? {
         let me = Peer { address: options.address.clone() };
         raft.initialize(BTreeMap::from([(member.id, me)])).await.map_err(engine)?;
@@ -387,8 +405,7 @@ async fn lead(raft: &Engine, member: &Member, options: &Options, last: Option<u6
     while raft.wait(Some(ELECTION_PATIENCE)).metrics(leads, "leads").await.is_err() {
         raft.trigger().elect(false).await.map_err(engine)?;
     }
-    // An entry of this run: everything before it is committed and applied once it is.
-    let _ = last;
+    // An entry of this run: once it is applied, so is everything before it.
     raft.write_blank().await.map_err(engine)?;
     Ok(())
 }

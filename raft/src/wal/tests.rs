@@ -192,7 +192,7 @@ fn a_missing_or_cut_segment_refuses_to_start() {
 fn a_failed_sync_stops_the_log_and_is_never_retried() {
     let dir = tempfile::tempdir().unwrap();
     let (broken, syncs) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let sync: Sync = {
+    let sync: SyncFile = {
         let (broken, syncs) = (broken.clone(), syncs.clone());
         Arc::new(move |file| {
             syncs.fetch_add(1, Ordering::SeqCst);
@@ -214,7 +214,7 @@ fn a_failed_sync_stops_the_log_and_is_never_retried() {
 fn many_requests_share_few_syncs() {
     let dir = tempfile::tempdir().unwrap();
     let syncs = Arc::new(AtomicUsize::new(0));
-    let sync: Sync = {
+    let sync: SyncFile = {
         let syncs = syncs.clone();
         Arc::new(move |file| {
             syncs.fetch_add(1, Ordering::SeqCst);
