@@ -36,8 +36,8 @@ const SMALL_SEGMENT: u64 = 8 << 20;
 const SMALL_DISK: u64 = 16 << 30;
 /// The next segment of the log is not prepared earlier than this after the start.
 const QUIET_START: Duration = Duration::from_secs(5);
-/// How long a start waits for leadership before it asks for an election itself.
-const ELECTION_PATIENCE: Duration = Duration::from_millis(50);
+/// Between two attempts to lead at the start: an election of one takes a sync or two.
+const ELECTION_PAUSE: Duration = Duration::from_millis(5);
 
 /// How to start a [`Node`].
 #[derive(Clone, Debug)]
@@ -386,6 +386,8 @@ fn config() -> Result<Config, openraft::ConfigError> {
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: 0,
         enable_pre_vote: Some(true),
+        // Proposals come gathered: a deep queue would only cost memory.
+        api_batch_capacity: 64,
         ..Config::default()
     }
     .validate()
@@ -397,17 +399,22 @@ async fn lead(raft: &Engine, member: &Member, options: &Options) -> Result<(), S
         let me = Peer { address: options.address.clone() };
         raft.initialize(BTreeMap::from([(member.id, me)])).await.map_err(engine)?;
     }
-    let members = raft.voter_ids().chain(raft.learner_ids()).filter(|id| *id != member.id).count() + 1;
-    if members > 1 {
+    let count = |state: &openraft::RaftState<TypeConfig>| state.membership_state.effective().nodes().count();
+    let members = raft.with_raft_state(count).await.map_err(engine)?;
+    if members != 1 {
         return Err(StartError::HasPeers { path: options.data_dir.clone(), members });
     }
-    let leads = |metrics: &openraft::RaftMetrics<TypeConfig>| metrics.state == ServerState::Leader;
-    while raft.wait(Some(ELECTION_PATIENCE)).metrics(leads, "leads").await.is_err() {
+    // A member that led when it ended leads again at once. An entry of this run: once it is applied, so is everything
+    // before it.
+    loop {
+        match raft.write_blank().await {
+            Ok(_) => return Ok(()),
+            Err(RaftError::Fatal(fatal)) => return Err(engine(fatal)),
+            Err(RaftError::APIError(not_leader)) => tracing::debug!(%not_leader, "asking for an election"),
+        }
         raft.trigger().elect(false).await.map_err(engine)?;
+        tokio::time::sleep(ELECTION_PAUSE).await;
     }
-    // An entry of this run: once it is applied, so is everything before it.
-    raft.write_blank().await.map_err(engine)?;
-    Ok(())
 }
 
 async fn watch_leadership(raft: Engine, store: Store, leads: watch::Sender<bool>, sole: Arc<AtomicBool>) {
