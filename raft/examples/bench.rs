@@ -28,14 +28,17 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             break;
         }
         let begin = Instant::now();
-        let tasks = (0..clients).map(|client| tokio::spawn(put_for(node.clone(), client, Duration::from_secs(seconds))));
+        let tasks =
+            (0..clients).map(|client| tokio::spawn(put_for(node.clone(), client, Duration::from_secs(seconds))));
         let mut latencies = Vec::new();
         for task in tasks.collect::<Vec<_>>() {
             latencies.extend(task.await??);
         }
         latencies.sort_unstable();
         let rate = latencies.len() as f64 / begin.elapsed().as_secs_f64();
-        let at = |part: usize| latencies.get(latencies.len() * part / 100).map_or(0.0, |latency| latency.as_secs_f64() * 1e3);
+        let at = |part: usize| {
+            latencies.get(latencies.len() * part / 100).map_or(0.0, |latency| latency.as_secs_f64() * 1e3)
+        };
         println!("{clients:>8} {rate:>10.0} {:>10.3} {:>10.3}", at(50), at(99));
     }
     node.shutdown().await;

@@ -204,9 +204,8 @@ impl Node {
         tasks.spawn(gather);
         let sole = Arc::new(AtomicBool::new(true));
         let (leads, leader) = watch::channel(true);
-        tasks.spawn(watch_leadership(raft.clone(), store.clone(), leads, sole.clone()));
         let (stops, stopped) = watch::channel(None);
-        tasks.spawn(watch_end(raft.clone(), stops));
+        tasks.spawn(watch_leadership(raft.clone(), store.clone(), leads, sole.clone(), stops));
         let lease_granted = Arc::new(Notify::new());
         let (s, p, l) = (store.clone(), proposer.clone(), leader.clone());
         tasks.spawn(upkeep::expire_leases(s, p, l, lease_granted.clone()));
@@ -417,7 +416,14 @@ async fn lead(raft: &Engine, member: &Member, options: &Options) -> Result<(), S
     }
 }
 
-async fn watch_leadership(raft: Engine, store: Store, leads: watch::Sender<bool>, sole: Arc<AtomicBool>) {
+/// Follows openraft's metrics; ends when it has ended, and says why.
+async fn watch_leadership(
+    raft: Engine,
+    store: Store,
+    leads: watch::Sender<bool>,
+    sole: Arc<AtomicBool>,
+    stops: watch::Sender<Option<String>>,
+) {
     let mut metrics = raft.server_metrics();
     loop {
         let (leading, alone) = {
@@ -430,24 +436,13 @@ async fn watch_leadership(raft: Engine, store: Store, leads: watch::Sender<bool>
             store.renew_leases();
         }
         if metrics.changed().await.is_err() {
-            sole.store(false, Ordering::Release);
-            leads.send_replace(false);
-            return;
+            break;
         }
     }
-}
-
-async fn watch_end(raft: Engine, stops: watch::Sender<Option<String>>) {
-    let mut metrics = raft.metrics();
-    loop {
-        let fatal = metrics.borrow_watched().running_state.as_ref().err().map(ToString::to_string);
-        if let Some(reason) = fatal {
-            tracing::error!(reason, "this member has stopped");
-            stops.send_replace(Some(reason));
-            return;
-        }
-        if metrics.changed().await.is_err() {
-            return;
-        }
-    }
+    sole.store(false, Ordering::Release);
+    leads.send_replace(false);
+    let reason = raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string);
+    let reason = reason.unwrap_or_else(|| "the consensus engine ended".to_owned());
+    tracing::error!(reason, "this member has stopped");
+    stops.send_replace(Some(reason));
 }

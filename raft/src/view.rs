@@ -181,10 +181,15 @@ fn reopen(
     }
     let live = snapshot.map_or(0, |snapshot| snapshot.live_bytes);
     let size = store.size().map_err(|_| "its size can't be measured")?;
-    if snapshot.is_some() && size > MIN_REBUILD.max(3 * live) {
+    if snapshot.is_some() && outgrown(size, live) {
         return Err("it has grown beyond three times the live data");
     }
     Ok((store, writer, applied))
+}
+
+/// sled gives no space back, so the directory is filled anew from time to time.
+fn outgrown(size: u64, live: u64) -> bool {
+    size > MIN_REBUILD.max(3 * live)
 }
 
 /// True when the log (or the snapshot) holds the very entry that was applied last.
@@ -268,4 +273,27 @@ fn sync_tree(path: &Path) -> io::Result<()> {
         }
     }
     File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_or_well_filled_directories_are_kept() {
+        const MIB: u64 = 1 << 20;
+        for (size, live, rebuild) in [(60, 1, false), (70, 1, true), (290, 100, false), (310, 100, true)] {
+            assert_eq!(outgrown(size * MIB, live * MIB), rebuild, "{size} MiB for {live} MiB");
+        }
+    }
+
+    #[test]
+    fn a_marker_can_not_name_a_directory_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, plain) in [("view-3", true), ("view-../../etc", false), ("other", false)] {
+            let marker = Marker { directory: name.to_owned(), boot_id: "b".to_owned(), clean: true };
+            fs::write(dir.path().join(MARKER), serde_json::to_vec(&marker).unwrap()).unwrap();
+            assert_eq!(read_marker(dir.path()).is_some(), plain, "{name}");
+        }
+    }
 }

@@ -5,48 +5,22 @@
 //! The copy must be of one moment. The writer is stopped (SIGSTOP) while it is made, in the middle of whatever it did:
 //! nothing then waits for a sync, and the kernel writes little by itself in these milliseconds.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 
+use crate::disk::{self, Mounted};
 use crate::writer::{CLIENTS, Writer};
 
 const ROUNDS: u32 = 20;
 const IMAGE_MIB: u64 = 96;
 
-/// A mounted image; unmounted when dropped, also by a failing test.
-struct Mounted {
-    at: PathBuf,
-}
-
-impl Mounted {
-    fn new(image: &Path, at: &Path) -> Mounted {
-        std::fs::create_dir_all(at).unwrap();
-        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(at));
-        Mounted { at: at.to_path_buf() }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        run(Command::new("umount").arg(&self.at));
-    }
-}
-
-fn run(command: &mut Command) {
-    let status = command.status().unwrap();
-    assert!(status.success(), "{command:?}: {status}");
-}
-
 #[test]
 fn twenty_power_cuts_lose_no_acknowledged_write() {
-    assert!(nix::unistd::geteuid().is_root(), "mounting file systems needs root");
     let dir = tempfile::tempdir().unwrap();
     let image = |round: u32| dir.path().join(format!("{round}.img"));
-    std::fs::File::create(image(0)).unwrap().set_len(IMAGE_MIB << 20).unwrap();
-    run(Command::new("mkfs.ext4").arg("-q").arg(image(0)));
+    disk::make(&image(0), IMAGE_MIB);
     let mut acknowledged = [0; CLIENTS];
     let (mut writes, mut checked) = (0, 0);
     for round in 0..=ROUNDS {
@@ -58,7 +32,7 @@ fn twenty_power_cuts_lose_no_acknowledged_write() {
         }
         std::thread::sleep(Duration::from_millis(rand::random_range(50..500)));
         kill(writer.pid(), Signal::SIGSTOP).unwrap();
-        run(Command::new("cp").arg("--sparse=always").arg(image(round)).arg(image(round + 1)));
+        disk::run(Command::new("cp").arg("--sparse=always").arg(image(round)).arg(image(round + 1)));
         let report = writer.kill();
         drop(mounted);
         std::fs::remove_file(image(round)).unwrap();
