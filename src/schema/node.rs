@@ -123,6 +123,8 @@ pub struct Field {
     /// Go leaves it out when it is the zero value, structs included.
     pub omit_zero: bool,
     pub patch: PatchStrategy,
+    /// The schema says that the list is atomic; without it that is only assumed.
+    pub atomic_list: bool,
     /// OpenAPI shows the default.
     pub default_public: bool,
     pub(super) default: Option<u32>,
