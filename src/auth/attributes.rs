@@ -20,12 +20,23 @@ pub struct Attributes<'a> {
     /// The URL path of a request that is not for a resource.
     pub path: &'a str,
     pub is_resource: bool,
+    /// The `fieldSelector` of a list, watch or deletecollection as sent (decoded), else empty: a node may list the pods with
+    /// `spec.nodeName=<itself>`.
+    pub field_selector: &'a str,
 }
 
 impl Attributes<'_> {
     /// Whether the request only reads, in upstream's sense (`get`, `list`, `watch`).
     pub fn is_read_only(&self) -> bool {
         matches!(self.verb, "get" | "list" | "watch")
+    }
+
+    /// Whether the field selector demands that `field` equals `value`.
+    pub fn selects_field(&self, field: &str, value: &str) -> bool {
+        self.field_selector.split(',').any(|term| match term.trim().split_once('=') {
+            Some((left, right)) => left == field && right.strip_prefix('=').unwrap_or(right) == value,
+            None => false,
+        })
     }
 
     /// Upstream's sentence for a refused request, without the reason of the authorizer, e.g.
