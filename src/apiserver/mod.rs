@@ -5,6 +5,7 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
+//! | [`listener`] | TLS, HTTP, credentials, bounds on what strangers can make us hold |
 //! | [`service`] | [`ApiServer`]: the whole API as one `tower::Service` |
 //! | [`limits`] | how many requests at once |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
@@ -35,6 +36,7 @@ pub mod field;
 pub mod fields;
 pub mod health;
 pub mod limits;
+pub mod listener;
 pub mod metadata;
 pub mod names;
 pub mod negotiate;

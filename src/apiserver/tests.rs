@@ -14,9 +14,10 @@ pub struct Harness {
 
 impl Harness {
     pub fn new() -> Harness {
+        let backend = memory::backend();
         let server = ApiServer::new(Parts {
-            backend: memory::backend(),
-            authorizer: Default::default(),
+            authorizer: crate::auth::Authorizer::new(backend.store().clone()),
+            backend,
             admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
             shutdown: Default::default(),

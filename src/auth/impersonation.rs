@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(jane.user().groups, ["dev", SYSTEM_AUTHENTICATED]);
         assert_eq!(jane.user().extra["acme.com/team"], ["a"]);
         assert_eq!(jane.impersonator().unwrap().name, "bob");
-        let refused = |pairs| ask(&bob, pairs).unwrap_err();
+        let refused = |pairs: &[(&'static str, &str)]| ask(&bob, pairs).unwrap_err();
         assert_eq!(
             refused(&[(USER, "root")]).message(),
             r#"users "root" is forbidden: User "bob" cannot impersonate resource "users" in API group "" at the cluster scope"#
