@@ -110,14 +110,9 @@ impl Listener {
         // A resumed session would carry a verdict on a certificate that was never shown again.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-        let socket =
-            TcpListener::bind(address).await.map_err(|source| ListenError::Bind { address, source })?;
-        let shared = Shared {
-            authenticator,
-            authorizer,
-            limits,
-            connections: Arc::new(Semaphore::new(limits.connections)),
-        };
+        let socket = TcpListener::bind(address).await.map_err(|source| ListenError::Bind { address, source })?;
+        let shared =
+            Shared { authenticator, authorizer, limits, connections: Arc::new(Semaphore::new(limits.connections)) };
         Ok(Listener { socket, shared: Arc::new(shared), acceptor: TlsAcceptor::from(Arc::new(config)) })
     }
 
@@ -244,7 +239,9 @@ impl Door {
         } else {
             match tokio::time::timeout(REQUEST_TIMEOUT, handled).await {
                 Ok(handled) => handled,
-                Err(_) => return Status::timeout("request did not complete within the allotted timeout", 0).into_response(),
+                Err(_) => {
+                    return Status::timeout("request did not complete within the allotted timeout", 0).into_response();
+                }
             }
         };
         match handled {

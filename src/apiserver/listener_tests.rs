@@ -1,8 +1,8 @@
 use super::*;
-use bytes::Bytes;
 use crate::auth::objects::testing::World;
 use crate::auth::pki::{ClusterKeys, Leaf, LeafRequest, Usage, server_leaf};
 use crate::auth::{Identity, ServiceAccountTokens};
+use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full};
 use rustls_pki_types::ServerName;
 use serde_json::Value;
@@ -52,8 +52,7 @@ async fn scene(limits: Limits) -> Scene {
 
 impl Scene {
     fn certificate(&self, user: &str, group: &str) -> Leaf {
-        let request =
-            LeafRequest { common_name: user, organization: Some(group), names: &[], usage: Usage::Client };
+        let request = LeafRequest { common_name: user, organization: Some(group), names: &[], usage: Usage::Client };
         self.keys.client_ca.issue(&request, SystemTime::now()).unwrap()
     }
 
@@ -108,7 +107,8 @@ async fn the_door_lets_in_who_is_known_and_says_401_to_others() {
     assert_eq!(scene.ask(None, basic).await.0, 401);
     // A certificate that another cluster signed is an answer with a status, not a broken handshake.
     let request = LeafRequest { common_name: "x", organization: None, names: &[], usage: Usage::Client };
-    let foreign = ClusterKeys::generate(SystemTime::now()).unwrap().client_ca.issue(&request, SystemTime::now()).unwrap();
+    let foreign =
+        ClusterKeys::generate(SystemTime::now()).unwrap().client_ca.issue(&request, SystemTime::now()).unwrap();
     assert_eq!(scene.ask(Some(&foreign), get("/livez")).await.0, 401);
     let as_root = Request::get("/api").header("impersonate-user", "root").body(Full::default()).unwrap();
     let (code, body) = scene.ask(Some(&jane), as_root).await;
@@ -132,9 +132,7 @@ async fn http2_serves_many_requests_on_one_connection() {
 async fn bodies_above_the_limit_get_413() {
     let scene = scene(Limits::default()).await;
     let jane = scene.certificate("jane", "dev");
-    let post = |length: usize| {
-        Request::post("/api").header("host", "x").body(Full::from(vec![b'x'; length])).unwrap()
-    };
+    let post = |length: usize| Request::post("/api").header("host", "x").body(Full::from(vec![b'x'; length])).unwrap();
     assert_eq!(scene.ask(Some(&jane), post(MAX_BODY)).await, (200, format!("jane {MAX_BODY}")));
     let declared = Request::post("/api").header("content-length", "3145729").body(Full::default()).unwrap();
     let (code, body) = scene.ask(Some(&jane), declared).await;
@@ -181,7 +179,13 @@ fn long_running_requests_are_told_by_their_url() {
     ] {
         assert!(is("GET", uri), "{uri}");
     }
-    for uri in ["/api/v1/pods?watch=false", "/api/v1/namespaces/a/pods/exec", "/apis/apps/v1/deployments", "/", "/api/v1/namespaces/log/pods"] {
+    for uri in [
+        "/api/v1/pods?watch=false",
+        "/api/v1/namespaces/a/pods/exec",
+        "/apis/apps/v1/deployments",
+        "/",
+        "/api/v1/namespaces/log/pods",
+    ] {
         assert!(!is("GET", uri), "{uri}");
     }
     assert!(!is("DELETE", "/api/v1/pods?watch=true"));

@@ -1,6 +1,7 @@
 //! What a caller asks for, as authorization sees it.
 
 use super::UserInfo;
+use crate::apiserver::fields::FieldSelector;
 
 /// One request in the terms of `SubjectAccessReview`: a verb on a resource, or a verb on a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,10 +34,8 @@ impl Attributes<'_> {
 
     /// Whether the field selector demands that `field` equals `value`.
     pub fn selects_field(&self, field: &str, value: &str) -> bool {
-        self.field_selector.split(',').any(|term| match term.trim().split_once('=') {
-            Some((left, right)) => left == field && right.strip_prefix('=').unwrap_or(right) == value,
-            None => false,
-        })
+        !self.field_selector.is_empty()
+            && FieldSelector::parse(self.field_selector).is_ok_and(|selector| selector.exact(field) == Some(value))
     }
 
     /// Upstream's sentence for a refused request, without the reason of the authorizer, e.g.

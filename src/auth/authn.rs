@@ -133,7 +133,8 @@ impl Authenticator {
 
 fn is_anonymous_path(path: &str) -> bool {
     ANONYMOUS_PATHS.iter().any(|allowed| {
-        path.strip_prefix(allowed).is_some_and(|rest| rest.is_empty() || (rest.starts_with('/') && *allowed != "/version"))
+        path.strip_prefix(allowed)
+            .is_some_and(|rest| rest.is_empty() || (rest.starts_with('/') && *allowed != "/version"))
     })
 }
 
@@ -200,7 +201,8 @@ mod tests {
         let world = World::new();
         let Scene { authenticator, .. } = scene(&world);
         let ask = |path| {
-            let identity = authenticator.authenticate(&PeerCertificate::None, &HeaderMap::new(), path, SystemTime::now());
+            let identity =
+                authenticator.authenticate(&PeerCertificate::None, &HeaderMap::new(), path, SystemTime::now());
             identity.map(|identity| identity.user().name.clone())
         };
         for path in ["/livez", "/readyz", "/healthz", "/version", "/readyz/etcd"] {
@@ -217,9 +219,13 @@ mod tests {
         world.put("", "serviceaccounts", json!({ "metadata": { "namespace": "a", "name": "sa", "uid": "u" } }));
         let Scene { authenticator, tokens, .. } = scene(&world);
         let ask = |peer: &PeerCertificate, value: &str| {
-            authenticator.authenticate(peer, &authorization(value), "/livez", SystemTime::now()).map(|i| i.user().name.clone())
+            authenticator
+                .authenticate(peer, &authorization(value), "/livez", SystemTime::now())
+                .map(|i| i.user().name.clone())
         };
-        for value in ["Bearer x", "Basic YTpi", "Bearer", "bearer ", "x", "Bearer a.b.c", "Bearer abcdef.0123456789abcdef"] {
+        for value in
+            ["Bearer x", "Basic YTpi", "Bearer", "bearer ", "x", "Bearer a.b.c", "Bearer abcdef.0123456789abcdef"]
+        {
             assert_eq!(ask(&PeerCertificate::None, value), Err(Unauthenticated), "{value}");
         }
         assert_eq!(ask(&PeerCertificate::Rejected, ""), Err(Unauthenticated));
@@ -241,8 +247,7 @@ mod tests {
         let world = World::new();
         let Scene { authenticator, keys, .. } = scene(&world);
         let now = SystemTime::now();
-        let request =
-            LeafRequest { common_name: "jane", organization: Some("dev"), names: &[], usage: Usage::Client };
+        let request = LeafRequest { common_name: "jane", organization: Some("dev"), names: &[], usage: Usage::Client };
         let leaf = keys.client_ca.issue(&request, now).unwrap();
         let judged = authenticator.judge(Some(&[leaf.certificate.clone()]), now);
         let ask = |peer: &PeerCertificate, now| authenticator.authenticate(peer, &HeaderMap::new(), "/api", now);

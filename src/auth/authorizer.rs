@@ -90,7 +90,14 @@ mod tests {
     fn masters_may_all_nodes_their_part_others_what_is_bound() {
         let mut world = World::new();
         let authorizer = Authorizer::new(world.objects.store().clone());
-        let get = Attributes { verb: "get", resource: "secrets", namespace: "a", name: "s", is_resource: true, ..Attributes::default() };
+        let get = Attributes {
+            verb: "get",
+            resource: "secrets",
+            namespace: "a",
+            name: "s",
+            is_resource: true,
+            ..Attributes::default()
+        };
         assert!(authorizer.authorize(&Identity::apiserver(), &get).allowed);
         let node = Identity::node("n1");
         let refused = authorizer.authorize(&node, &get);

@@ -30,7 +30,9 @@ pub fn impersonate(caller: Identity, headers: &mut HeaderMap, authorizer: &Autho
     let account = UserInfo { name: wanted.user.clone(), ..UserInfo::default() };
     let account = account.as_service_account();
     match account {
-        Some((namespace, name)) => check(Attributes { resource: "serviceaccounts", namespace, name, version: "v1", ..any })?,
+        Some((namespace, name)) => {
+            check(Attributes { resource: "serviceaccounts", namespace, name, version: "v1", ..any })?
+        }
         None => check(Attributes { resource: "users", name: &wanted.user, ..any })?,
     }
     for group in &wanted.groups {
@@ -44,7 +46,8 @@ pub fn impersonate(caller: Identity, headers: &mut HeaderMap, authorizer: &Autho
         check(Attributes { resource: "uids", name: &wanted.uid, ..special })?;
     }
 
-    let mut user = UserInfo { name: wanted.user.clone(), uid: wanted.uid, groups: wanted.groups, ..UserInfo::default() };
+    let mut user =
+        UserInfo { name: wanted.user.clone(), uid: wanted.uid, groups: wanted.groups, ..UserInfo::default() };
     if let (Some((namespace, _)), true) = (account, user.groups.is_empty()) {
         user.groups = vec!["system:serviceaccounts".to_owned(), format!("system:serviceaccounts:{namespace}")];
     }
@@ -159,8 +162,12 @@ mod tests {
             { "apiGroups": [AUTHENTICATION], "resources": ["userextras/acme.com/team"], "verbs": ["impersonate"] },
         ]);
         world.put(RBAC, "clusterroles", json!({ "metadata": { "name": "as" }, "rules": rules }));
-        world.put(RBAC, "clusterrolebindings", json!({ "metadata": { "name": "as" },
-            "roleRef": { "kind": "ClusterRole", "name": "as" }, "subjects": [{ "kind": "User", "name": "bob" }] }));
+        world.put(
+            RBAC,
+            "clusterrolebindings",
+            json!({ "metadata": { "name": "as" },
+            "roleRef": { "kind": "ClusterRole", "name": "as" }, "subjects": [{ "kind": "User", "name": "bob" }] }),
+        );
         let ask = |caller: &Identity, pairs: &[(&'static str, &str)]| {
             let mut headers = headers(pairs);
             let result = impersonate(caller.clone(), &mut headers, &authorizer);

@@ -3,7 +3,9 @@
 
 use super::objects::ObjectError;
 use bytes::Bytes;
-use coracle_store::{EventKind, KeyValue, RangeRequest, Store, StoreError, WatchError, WatchRequest, Watcher, prefix_end};
+use coracle_store::{
+    EventKind, KeyValue, RangeRequest, Store, StoreError, WatchError, WatchRequest, Watcher, prefix_end,
+};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -375,10 +375,9 @@ impl Question<'_> {
             ("", "get" | "list" | "watch") if request.name.is_empty() => {
                 no_opinion(format!("node '{}' cannot read all nodes, only its own Node object", self.node))
             }
-            ("", "get" | "list" | "watch") => no_opinion(format!(
-                "node '{}' cannot read '{}', only its own Node object",
-                self.node, request.name
-            )),
+            ("", "get" | "list" | "watch") => {
+                no_opinion(format!("node '{}' cannot read '{}', only its own Node object", self.node, request.name))
+            }
             _ => no_opinion(""),
         }
     }
@@ -463,6 +462,8 @@ mod tests {
         assert!(ask("n1", Attributes { field_selector: "spec.nodeName=n1", ..list }));
         assert!(!ask("n1", Attributes { field_selector: "spec.nodeName=n2", ..list }));
         assert!(!ask("n1", Attributes { field_selector: "spec.nodeName!=n1", ..list }));
+        // The comma is part of the name here: this selects nearly all pods.
+        assert!(!ask("n1", Attributes { field_selector: r"metadata.name!=a\,spec.nodeName=n1", ..list }));
         assert!(!ask("n1", Attributes { verb: "update", ..get("secrets", "a", "pull") }));
     }
 }

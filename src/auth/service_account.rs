@@ -190,12 +190,7 @@ impl ServiceAccountTokens {
         self.authenticate_at(token, wanted, seconds_now())
     }
 
-    fn authenticate_at(
-        &self,
-        token: &str,
-        wanted: &[String],
-        now: i64,
-    ) -> Result<(UserInfo, Vec<String>), TokenError> {
+    fn authenticate_at(&self, token: &str, wanted: &[String], now: i64) -> Result<(UserInfo, Vec<String>), TokenError> {
         let claims: Claims = jwt::verify(token, &self.keys.service_account)?;
         let audiences = match claims.aud {
             Audience::One(audience) => vec![audience],

@@ -120,10 +120,6 @@ impl Authority {
         self.issuer.key().serialize_pem()
     }
 
-    pub(super) fn key_der(&self) -> Vec<u8> {
-        self.issuer.key().serialize_der()
-    }
-
     pub fn not_before(&self) -> SystemTime {
         self.not_before
     }
@@ -149,9 +145,7 @@ impl Authority {
         for name in request.names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),
-                Err(_) => {
-                    SanType::DnsName(name.as_str().try_into().map_err(|_| PkiError::BadName(name.clone()))?)
-                }
+                Err(_) => SanType::DnsName(name.as_str().try_into().map_err(|_| PkiError::BadName(name.clone()))?),
             });
         }
         params.is_ca = IsCa::ExplicitNoCa;

@@ -59,8 +59,7 @@ pub fn write_data_dir(data_dir: &Path, keys: &ClusterKeys) -> Result<(), PkiErro
     ] {
         write_if_changed(&server.join("tls").join(name), authority.certificate_pem().as_bytes(), 0o644)?;
     }
-    for (name, user, secret) in
-        [("token", "server", &keys.server_secret), ("agent-token", "node", &keys.agent_secret)]
+    for (name, user, secret) in [("token", "server", &keys.server_secret), ("agent-token", "node", &keys.agent_secret)]
     {
         let token = format!("{}\n", JoinToken::new(bundle, user, secret));
         write_if_changed(&server.join(name), token.as_bytes(), 0o600)?;
@@ -87,8 +86,7 @@ pub fn kubeconfig(
     user: &KubeconfigUser<'_>,
     now: SystemTime,
 ) -> Result<String, PkiError> {
-    let request =
-        LeafRequest { common_name: user.name, organization: user.group, names: &[], usage: Usage::Client };
+    let request = LeafRequest { common_name: user.name, organization: user.group, names: &[], usage: Usage::Client };
     let leaf = keys.client_ca.issue(&request, now)?;
     let ca = STANDARD.encode(keys.server_ca.certificate_pem());
     let chain = STANDARD.encode(format!("{}{}", leaf.certificate_pem, keys.client_ca.certificate_pem()));
@@ -122,9 +120,8 @@ pub fn write_kubeconfig(
 }
 
 fn still_serves(text: &str, keys: &ClusterKeys, server_url: &str, now: SystemTime) -> bool {
-    let field = |name: &str| {
-        text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':')).map(str::trim)
-    };
+    let field =
+        |name: &str| text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':')).map(str::trim);
     let decoded = |name: &str| STANDARD.decode(field(name)?).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let Some(chain) = decoded("client-certificate-data") else { return false };
     use rustls_pki_types::pem::PemObject;
@@ -132,8 +129,7 @@ fn still_serves(text: &str, keys: &ClusterKeys, server_url: &str, now: SystemTim
     field("server") == Some(server_url)
         && decoded("certificate-authority-data").as_deref() == Some(keys.server_ca.certificate_pem())
         && chain.ends_with(keys.client_ca.certificate_pem())
-        && super::authority::validity(&leaf)
-            .is_some_and(|(from, until)| from <= now && until > now + RENEW_BEFORE)
+        && super::authority::validity(&leaf).is_some_and(|(from, until)| from <= now && until > now + RENEW_BEFORE)
 }
 
 #[cfg(test)]

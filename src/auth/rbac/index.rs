@@ -208,9 +208,7 @@ impl RbacIndex {
         let local = (!namespace.is_empty()).then(|| self.namespaces.get(namespace)).flatten();
         let scopes = std::iter::once(&self.cluster).chain(local);
         let bindings: Vec<_> = scopes.flat_map(|scope| scope.applying(user)).collect();
-        bindings
-            .into_iter()
-            .map(|b| (b, self.role_rules(&b.role_ref.kind, &b.role_ref.name, &b.namespace)))
+        bindings.into_iter().map(|b| (b, self.role_rules(&b.role_ref.kind, &b.role_ref.name, &b.namespace)))
     }
 }
 
@@ -236,8 +234,9 @@ impl Fold for RbacIndex {
                 self.roles.entry(first.to_owned()).or_default().insert(name.to_owned(), role.rules);
             }),
             ("clusterrolebindings", None) => binding(row, "", first).map(|b| self.cluster.insert(b)),
-            ("rolebindings", Some(name)) => binding(row, first, name)
-                .map(|b| self.namespaces.entry(first.to_owned()).or_default().insert(b)),
+            ("rolebindings", Some(name)) => {
+                binding(row, first, name).map(|b| self.namespaces.entry(first.to_owned()).or_default().insert(b))
+            }
             _ => Ok(()),
         };
         if let Err(error) = decoded {
@@ -308,7 +307,8 @@ mod tests {
         let jane = UserInfo { name: "jane".into(), groups: vec!["dev".into()], ..UserInfo::default() };
         let robot = UserInfo::service_account("a", "robot", "");
         let ask = |user: &UserInfo, namespace: &str| {
-            let get = Attributes { verb: "get", resource: "pods", namespace, is_resource: true, ..Attributes::default() };
+            let get =
+                Attributes { verb: "get", resource: "pods", namespace, is_resource: true, ..Attributes::default() };
             live.read().unwrap().authorize(user, &get)
         };
         let none = Verdict::NoOpinion(String::new());

@@ -9,11 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct PolicyRule {
     #[serde(deserialize_with = "null_as_empty", skip_serializing_if = "Vec::is_empty")]
     pub api_groups: Vec<String>,
-    #[serde(
-        rename = "nonResourceURLs",
-        deserialize_with = "null_as_empty",
-        skip_serializing_if = "Vec::is_empty"
-    )]
+    #[serde(rename = "nonResourceURLs", deserialize_with = "null_as_empty", skip_serializing_if = "Vec::is_empty")]
     pub non_resource_urls: Vec<String>,
     #[serde(deserialize_with = "null_as_empty", skip_serializing_if = "Vec::is_empty")]
     pub resource_names: Vec<String>,
@@ -114,9 +110,9 @@ impl PolicyRule {
         let names = self.resource_names.is_empty()
             || (!atom.resource_names.is_empty() && atom.resource_names.iter().all(|n| holds(&self.resource_names, n)));
         let url = |wanted: &String| {
-            self.non_resource_urls.iter().any(|mine| {
-                mine == wanted || mine.strip_suffix('*').is_some_and(|prefix| wanted.starts_with(prefix))
-            })
+            self.non_resource_urls
+                .iter()
+                .any(|mine| mine == wanted || mine.strip_suffix('*').is_some_and(|prefix| wanted.starts_with(prefix)))
         };
         all(&self.verbs, &atom.verbs)
             && all(&self.api_groups, &atom.api_groups)
