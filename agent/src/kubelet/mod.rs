@@ -56,6 +56,7 @@ pub mod probe;
 pub mod qos;
 pub mod quantity;
 pub mod report;
+pub mod server;
 pub mod service_env;
 pub mod static_pods;
 pub mod status;
