@@ -17,6 +17,7 @@
 //! | [`watch`] | watch |
 //! | [`write`], [`patch`], [`delete`] | create and update, patch, delete and deletecollection |
 //! | [`subresource`] | what lies below an object's path |
+//! | [`reviews`] | kinds that are questions, and token requests |
 //! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
 //! | [`codec`], [`convert`] | bodies, defaults, versions |
 //! | [`object`], [`scan`] | the stored form: splicing, encoding, looking in without parsing |
@@ -48,6 +49,7 @@ pub mod read;
 pub mod registry;
 pub mod request;
 pub mod resources;
+pub mod reviews;
 pub mod scan;
 pub mod selector;
 pub mod service;
@@ -58,6 +60,7 @@ pub mod tracking;
 pub mod watch;
 pub mod write;
 
+pub use reviews::Reviews;
 pub use service::{ApiServer, Parts, client};
 
 #[cfg(test)]

@@ -442,13 +442,21 @@ fn core() -> Vec<Resource> {
             .fields(&["spec.unschedulable"])
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "NodeProxyOptions"))
             .status(),
-        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).returned().short(&["pvc"]).status(),
-        row("PersistentVolume", "persistentvolumes", Cluster).returned().short(&["pv"]).status(),
+        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced)
+            .strategy(&strategy::VOLUME)
+            .returned()
+            .short(&["pvc"])
+            .status(),
+        row("PersistentVolume", "persistentvolumes", Cluster)
+            .strategy(&strategy::VOLUME)
+            .returned()
+            .short(&["pv"])
+            .status(),
         row("Pod", "pods", Namespaced)
             .returned()
             .short(&["po"])
             .category("all")
-            .strategy(&strategy::GENERATION)
+            .strategy(&strategy::POD)
             .fields(&[
                 "spec.nodeName",
                 "spec.restartPolicy",

@@ -3,6 +3,14 @@
 //! The engine in [`crate::apiserver`] is the same for all kinds; a row of `RESOURCES` points to one [`Strategy`].
 //! The schema's own defaults and structural checks have already run when these are called, and objects are in the
 //! storage version.
+//!
+//! # Layout
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | [`initial`] | the status that new objects begin with |
+
+pub mod initial;
 
 use crate::apiserver::ApiServer;
 use crate::apiserver::field::ErrorList;
@@ -116,6 +124,11 @@ pub static CREATE_ON_UPDATE: Strategy = Strategy { create_on_update: true, ..Str
 /// RBAC: any path segment is a name, and a PUT creates.
 pub static RBAC: Strategy = Strategy { names: NameRule::PathSegment, create_on_update: true, ..Strategy::DEFAULT };
 /// Namespaces: names are labels.
-pub static NAMESPACE: Strategy = Strategy { names: NameRule::Label, ..Strategy::DEFAULT };
+pub static NAMESPACE: Strategy =
+    Strategy { names: NameRule::Label, prepare_create: initial::namespace, ..Strategy::DEFAULT };
+/// Pods.
+pub static POD: Strategy = Strategy { generation: true, prepare_create: initial::pod, ..Strategy::DEFAULT };
+/// Volumes and their claims.
+pub static VOLUME: Strategy = Strategy { prepare_create: initial::pending, ..Strategy::DEFAULT };
 /// Services: names are RFC 1035 labels and a PUT creates.
 pub static SERVICE: Strategy = Strategy { names: NameRule::Label1035, create_on_update: true, ..Strategy::DEFAULT };
