@@ -359,7 +359,21 @@ impl Embedded {
 
 /// A refusal in the words that upstream's events have.
 fn start_error(error: CallError) -> RuntimeError {
-    RuntimeError::Start(error.message())
+    RuntimeError::Start(summary(&error.message()))
+}
+
+/// The helper says its log first, deepest cause on top, and the error last.
+fn summary(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    match (lines.first(), lines.last()) {
+        (Some(first), Some(last)) => match last.find("exec: ").or_else(|| last.find("stat ")) {
+            // What is wrong with the command needs no history.
+            Some(at) => last[at..].to_owned(),
+            None if lines.len() > 1 && !last.contains(first) => format!("{last}: {first}"),
+            None => (*last).to_owned(),
+        },
+        _ => "the container could not be created".to_owned(),
+    }
 }
 
 fn merge(known: &mut LinuxContainerResources, new: &LinuxContainerResources) {

@@ -40,11 +40,16 @@ pub fn helper_main_if_requested() {
 }
 
 fn create(bundle: &Path, console: &Path) -> Result<(), String> {
-    // SAFETY: the shim opened it for this process alone.
-    let status = unsafe { libc::fcntl(HELPER_STATUS_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+    // SAFETY: the shim opened them for this process alone; number 7 is free.
+    let status = unsafe {
+        libc::dup3(2, ERROR_FD, libc::O_CLOEXEC);
+        libc::fcntl(HELPER_STATUS_FD, libc::F_SETFD, libc::FD_CLOEXEC)
+    };
     if status < 0 {
         return Err("started without a shim".to_owned());
     }
+    // The causes of an error stay in libcontainer's log; its processes write them where the shim reads.
+    let _ = tracing::subscriber::set_global_default(ErrorLog);
     let terminal = !console.as_os_str().is_empty();
     let mut builder = ContainerBuilder::new("c".to_owned(), SyscallType::default())
         .with_executor(Program)
@@ -84,6 +89,48 @@ fn explain(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+/// Where [`ErrorLog`] writes: a copy of standard error, which the container's own replaces.
+const ERROR_FD: i32 = 7;
+
+/// Writes libcontainer's log entries of level error, one a line.
+struct ErrorLog;
+
+impl tracing::Subscriber for ErrorLog {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::ERROR
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Line(String, String);
+        impl tracing::field::Visit for Line {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "message" {
+                    let _ = write!(self.0, "{value:?}");
+                } else {
+                    let _ = write!(self.1, " {}={value:?}", field.name());
+                }
+            }
+        }
+        let mut line = Line(String::new(), String::new());
+        event.record(&mut line);
+        let text = format!("{}{}\n", line.0, line.1);
+        // SAFETY: writes a buffer of the given length to a descriptor that this process opened for it.
+        unsafe { libc::write(ERROR_FD, text.as_ptr().cast(), text.len()) };
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
 }
 
 /// Executes the container's program, the way runc words its errors.

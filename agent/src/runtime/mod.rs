@@ -9,6 +9,7 @@
 //! | [`cri`] | the types: sandbox and container configurations, statuses, statistics, events |
 //! | [`embedded`] | the runtime inside the agent: its table of sandboxes and containers, the calls of the trait |
 //! | `sandbox`, `container`, `stream`, `stats` | what those calls do |
+//! | [`purge()`] | the end of an instance: nothing of it stays |
 //! | [`record`] | the files that the next agent finds everything by |
 //! | [`shim`] | starting and asking a pod's shim |
 //! | [`helper`] | this program run once more to create one container with libcontainer |
@@ -22,6 +23,7 @@ mod container;
 pub mod cri;
 pub mod embedded;
 pub mod helper;
+mod purge;
 pub mod record;
 mod sandbox;
 pub mod seccomp;
@@ -33,6 +35,7 @@ pub mod user;
 
 pub use cri::*;
 pub use embedded::{Embedded, RuntimeOptions};
+pub use purge::purge;
 pub use helper::helper_main_if_requested;
 
 use futures::future::BoxFuture;

@@ -188,11 +188,11 @@ fn namespaces(input: &SpecInput<'_>) -> Value {
 fn propagation(config: &ContainerConfig) -> &'static str {
     let any = |wanted| config.mounts.iter().any(|mount| mount.propagation == wanted);
     if any(MountPropagation::Bidirectional) {
-        "rshared"
+        "shared"
     } else if any(MountPropagation::HostToContainer) {
-        "rslave"
+        "slave"
     } else {
-        "rprivate"
+        "private"
     }
 }
 
