@@ -22,7 +22,8 @@ Table format, one line each (see table.rs for the reader):
    NAME TYPE FLAGS [#TAG] [list=..] [map=..] [patch=..] [=DEFAULT] [:=DEFAULT]
    + TYPE #TAG                          an embedded struct whose fields are spliced in; TAG is its protobuf field
 
-  TYPE     string bool int32 int64 float64 bytes time microtime duration quantity intstr raw any fields, an alias, a struct,
+  TYPE     string bool int32 int64 float64 bytes time microtime quantity intstr raw any fields, an alias, a struct,
+           orbool orarray orstrings (a JSONSchemaProps or a boolean, a list of them, a list of strings),
            [TYPE] list, {TYPE} map by string, *TYPE pointer
   FLAGS    ? omitempty   0 omitzero   ! required   - neither
   list=    map:KEY,KEY | set | atomic      map= atomic | granular      patch= STRATEGY[,STRATEGY][:MERGEKEY]
@@ -48,13 +49,11 @@ SPECIAL = {
     "io.k8s.apimachinery.pkg.runtime.RawExtension": "raw",
     META + ".Time": "time",
     META + ".MicroTime": "microtime",
-    META + ".Duration": "duration",
     META + ".FieldsV1": "fields",
     "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrBool": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrArray": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrStringArray": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceSubresourceStatus": "any",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrBool": "orbool",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrArray": "orarray",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrStringArray": "orstrings",
 }
 SCALARS = {"string": "string", "bool": "bool", "int32": "int32", "int64": "int64", "int": "int64", "uint32": "int64",
            "float64": "float64", "byte": "byte", "interface{}": "any"}

@@ -17,6 +17,7 @@
 //! | [`typed`] | the walk under it: what Go's decoder and encoder make of a value of a type |
 //! | [`quantity`], [`time`] | scalars with a canonical form |
 //! | [`default`] | static defaults of the table and the conditional ones |
+//! | [`proto`] | protobuf bodies to values and back |
 //! | [`openapi`] | OpenAPI v3 documents |
 //! | [`managed`] | managed fields on every write, server-side apply |
 //! | [`patch`] | JSON patch, merge patch, strategic merge patch |
@@ -32,6 +33,7 @@ pub mod managed;
 pub mod node;
 pub mod openapi;
 pub mod patch;
+pub mod proto;
 pub mod quantity;
 mod syntax;
 pub mod table;

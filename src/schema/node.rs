@@ -35,6 +35,12 @@ pub enum Kind {
     Raw,
     /// Any JSON value.
     Any,
+    /// `JSONSchemaPropsOrBool`; `item` is the schema type, as in the next two.
+    SchemaOrBool,
+    /// `JSONSchemaPropsOrArray`
+    SchemaOrArray,
+    /// `JSONSchemaPropsOrStringArray`
+    SchemaOrStrings,
     /// `metav1.FieldsV1`: an object that is kept as it is.
     Fields,
     Struct,
@@ -60,6 +66,9 @@ impl Kind {
             Kind::Raw => "runtime.RawExtension",
             Kind::Any => "interface {}",
             Kind::Fields => "v1.FieldsV1",
+            Kind::SchemaOrBool => "v1.JSONSchemaPropsOrBool",
+            Kind::SchemaOrArray => "v1.JSONSchemaPropsOrArray",
+            Kind::SchemaOrStrings => "v1.JSONSchemaPropsOrStringArray",
             Kind::Struct | Kind::List | Kind::Map => "",
         }
     }

@@ -129,6 +129,13 @@ impl Reader {
                 }
             }
         }
+        if let Some(props) = self.named.get(&("apiextensions/v1", "JSONSchemaProps")).copied() {
+            for word in ["orbool", "orarray", "orstrings"] {
+                if let Some(id) = self.scalars.get(word).copied() {
+                    self.node_mut(id).item = props;
+                }
+            }
+        }
         self.aliases()
     }
 
@@ -427,6 +434,9 @@ const SCALARS: &[(&str, Kind)] = &[
     ("intstr", Kind::IntOrString),
     ("raw", Kind::Raw),
     ("any", Kind::Any),
+    ("orbool", Kind::SchemaOrBool),
+    ("orarray", Kind::SchemaOrArray),
+    ("orstrings", Kind::SchemaOrStrings),
     ("fields", Kind::Fields),
 ];
 

@@ -22,6 +22,12 @@ fn scalar_name(kind: Kind) -> Option<&'static str> {
         Kind::Quantity => "io.k8s.apimachinery.pkg.api.resource.Quantity",
         Kind::IntOrString => "io.k8s.apimachinery.pkg.util.intstr.IntOrString",
         Kind::Raw => "io.k8s.apimachinery.pkg.runtime.RawExtension",
+        Kind::Any => "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON",
+        Kind::SchemaOrBool => "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrBool",
+        Kind::SchemaOrArray => "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrArray",
+        Kind::SchemaOrStrings => {
+            "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrStringArray"
+        }
         _ => return None,
     })
 }
@@ -224,7 +230,6 @@ impl<'s> Components<'s> {
             Kind::Int64 => plain("integer", "int64"),
             Kind::Float64 => plain("number", "double"),
             Kind::Bytes => plain("string", "byte"),
-            Kind::Any => Map::new(),
             Kind::List | Kind::Map => {
                 let (wrapper, key) =
                     if kind == Kind::List { ("array", "items") } else { ("object", "additionalProperties") };
