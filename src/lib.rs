@@ -14,6 +14,7 @@
 //! | [`strategy`] | per-kind defaults and validation |
 //! | [`controllers`] | the control loops |
 //! | [`scheduler`] | places pods on nodes |
+//! | [`programs`] | the shim and the built-in image's program, carried in the binary |
 #![forbid(unsafe_code)]
 
 pub mod admission;
@@ -21,6 +22,7 @@ pub mod apiserver;
 pub mod auth;
 pub mod cli;
 pub mod controllers;
+pub mod programs;
 pub mod scheduler;
 pub mod schema;
 pub mod server;

@@ -1,1 +1,8 @@
-fn main() {}
+//! The one binary.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    coracle::cli::main()
+}

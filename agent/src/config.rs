@@ -29,6 +29,10 @@ pub struct AgentConfig {
     pub cluster_domain: String,
     /// The host's resolver configuration, followed by pods with `dnsPolicy: Default` and by the DNS relay.
     pub resolv_conf: PathBuf,
+    /// The shim's program; the agent runs it from memory.
+    pub shim: &'static [u8],
+    /// Program of the built-in image `coracle.local/hello`.
+    pub hello: &'static [u8],
     /// How many pods the node admits.
     pub max_pods: u32,
     /// Run the service proxy (`false` with `--disable-kube-proxy`).
@@ -52,6 +56,8 @@ impl AgentConfig {
             cluster_dns: vec![IpAddr::from([10, 43, 0, 10])],
             cluster_domain: "cluster.local".to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            shim: &[],
+            hello: &[],
             max_pods: 110,
             service_proxy: true,
             dns: true,

@@ -244,7 +244,7 @@ impl Watcher {
                     ("timeoutSeconds", &seconds),
                     ("resourceVersion", &revision),
                 ]);
-                let body = self.get(uri).await?;
+                let body = get(&self.client, uri).await?;
                 self.state = State::Watching { revision, body, buffer: BytesMut::new() };
                 Ok(())
             }
@@ -268,7 +268,8 @@ impl Watcher {
     async fn page(&mut self, token: String) -> Result<(), WatchError> {
         let limit = PAGE.to_string();
         let uri = self.target.uri(&[("limit", &limit), ("continue", &token)]);
-        let bytes = self.get(uri).await?.collect().await.map_err(|error| WatchError::Body(error.into()))?.to_bytes();
+        let bytes =
+            get(&self.client, uri).await?.collect().await.map_err(|error| WatchError::Body(error.into()))?.to_bytes();
         let list: RawList<'_> = serde_json::from_slice(&bytes).map_err(WatchError::Json)?;
         let mut objects = Vec::with_capacity(list.items.len());
         for item in list.items {
@@ -287,15 +288,16 @@ impl Watcher {
         };
         Ok(())
     }
+}
 
-    async fn get(&self, uri: String) -> Result<Body, WatchError> {
-        let request = http::Request::get(uri)
-            .header(http::header::ACCEPT, "application/json")
-            .body(Body::empty())
-            .map_err(WatchError::Build)?;
-        let response = self.client.send(request).await.map_err(WatchError::Request)?;
-        if response.status().is_success() { Ok(response.into_body()) } else { Err(WatchError::Status(response.status())) }
-    }
+/// Not a method: an open body in the watcher's state is not `Sync`, and the task must be `Send`.
+async fn get(client: &kube::Client, uri: String) -> Result<Body, WatchError> {
+    let request = http::Request::get(uri)
+        .header(http::header::ACCEPT, "application/json")
+        .body(Body::empty())
+        .map_err(WatchError::Build)?;
+    let response = client.send(request).await.map_err(WatchError::Request)?;
+    if response.status().is_success() { Ok(response.into_body()) } else { Err(WatchError::Status(response.status())) }
 }
 
 /// Decodes every whole line of `buffer`, whose first `scanned` bytes are known to hold no line end.
@@ -369,8 +371,9 @@ mod tests {
 
     /// A client whose server expects these requests (a part of the URI) in order.
     fn client(script: &[(&'static str, u16, &str)]) -> kube::Client {
-        let script: Script =
-            Arc::new(Mutex::new(script.iter().rev().map(|(part, code, body)| (*part, *code, (*body).to_owned())).collect()));
+        let script: Script = Arc::new(Mutex::new(
+            script.iter().rev().map(|(part, code, body)| (*part, *code, (*body).to_owned())).collect(),
+        ));
         let service = tower::service_fn(move |request: http::Request<Body>| {
             let next = script.lock().unwrap().pop();
             async move {

@@ -111,6 +111,12 @@ impl fmt::Display for Proposal {
     }
 }
 
+impl PartialEq for Proposal {
+    fn eq(&self, other: &Self) -> bool {
+        self.items.iter().map(|item| &item.encoded).eq(other.items.iter().map(|item| &item.encoded))
+    }
+}
+
 impl Serialize for Proposal {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let bytes: Vec<u8> = self.items.iter().flat_map(|item| item.encoded.iter().copied()).collect();
@@ -269,11 +275,5 @@ mod tests {
         for bytes in [&[][..], &[9], &[1, 200, 0, 0, 0, 1], &[1, 2], &[2, 1, 0, 0, 0, 255, 255, 0, 0]] {
             assert!(from_wal(id, Bytes::copy_from_slice(bytes)).is_err(), "{bytes:?}");
         }
-    }
-}
-
-impl PartialEq for Proposal {
-    fn eq(&self, other: &Self) -> bool {
-        self.items.iter().map(|item| &item.encoded).eq(other.items.iter().map(|item| &item.encoded))
     }
 }

@@ -43,6 +43,8 @@ pub(crate) struct Growth {
     /// Bytes at which a snapshot is due; moves with the size of the state.
     limit: AtomicU64,
     pub due: Notify,
+    /// Told when a snapshot is written.
+    pub taken: Notify,
 }
 
 /// Entries at which a snapshot is due whatever their size: each costs memory in the index of the log.
@@ -57,6 +59,7 @@ impl Growth {
     pub fn forget(&self, before: (u64, u64)) {
         self.bytes.fetch_sub(before.0, Ordering::Relaxed);
         self.entries.fetch_sub(before.1, Ordering::Relaxed);
+        self.taken.notify_one();
     }
 
     pub fn now(&self) -> (u64, u64) {

@@ -27,20 +27,20 @@ use crate::snapshot::{self, Reader, SnapshotFile};
 const BATCH: usize = 1024;
 /// Events removed by one step of a compaction; a step takes well under a millisecond.
 const COMPACT_STEP: usize = 128;
-/// A snapshot is due when the log since the last one is at least this long, in bytes.
-const MIN_SNAPSHOT_DISTANCE: u64 = 32 << 20;
 
 /// What the snapshot files and everyone who needs them share.
 pub(crate) struct Snapshots {
     pub dir: PathBuf,
     pub current: Mutex<Option<SnapshotFile>>,
     pub growth: Arc<Growth>,
+    /// Bytes of log from one snapshot to the next, at least.
+    distance: u64,
 }
 
 impl Snapshots {
-    pub fn new(dir: PathBuf, current: Option<SnapshotFile>, growth: Arc<Growth>) -> Self {
-        let snapshots = Snapshots { dir, current: Mutex::new(None), growth };
-        snapshots.growth.set_limit(MIN_SNAPSHOT_DISTANCE);
+    pub fn new(dir: PathBuf, distance: u64, current: Option<SnapshotFile>, growth: Arc<Growth>) -> Self {
+        let snapshots = Snapshots { dir, current: Mutex::new(None), growth, distance };
+        snapshots.growth.set_limit(distance);
         if let Some(current) = current {
             snapshots.set(current);
         }
@@ -53,7 +53,7 @@ impl Snapshots {
     }
 
     fn set(&self, file: SnapshotFile) {
-        self.growth.set_limit(MIN_SNAPSHOT_DISTANCE.max(file.live_bytes));
+        self.growth.set_limit(self.distance.max(file.live_bytes));
         *self.current.lock() = Some(file);
     }
 

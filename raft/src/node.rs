@@ -25,7 +25,7 @@ use crate::snapshot::{self, SnapshotError};
 use crate::transport::Alone;
 use crate::upkeep;
 use crate::view::{self, Backend, View, ViewError};
-use crate::wal::{Wal, WalError, WalOptions};
+use crate::wal::{SyncFile, Wal, WalError, WalOptions};
 
 /// openraft over our log, state and network.
 pub(crate) type Engine = openraft::Raft<TypeConfig, StateMachine>;
@@ -36,8 +36,8 @@ const SMALL_SEGMENT: u64 = 8 << 20;
 const SMALL_DISK: u64 = 16 << 30;
 /// The next segment of the log is not prepared earlier than this after the start.
 const QUIET_START: Duration = Duration::from_secs(5);
-/// How long a start waits for leadership before it asks for an election itself.
-const ELECTION_PATIENCE: Duration = Duration::from_millis(50);
+/// Between two attempts to lead at the start: an election of one takes a sync or two.
+const ELECTION_PAUSE: Duration = Duration::from_millis(5);
 
 /// How to start a [`Node`].
 #[derive(Clone, Debug)]
@@ -50,8 +50,13 @@ pub struct Options {
     pub address: String,
     /// Bytes of a log segment; None chooses by the size of the disk.
     pub segment_size: Option<u64>,
+    /// Bytes of log after which a snapshot is written (more when the state itself is larger).
+    pub snapshot_distance: u64,
     /// How often history is compacted; as much of it is kept.
     pub compaction_interval: Duration,
+    /// The kernel's id of this boot, by which a state left by a killed process is told from one left by a power cut;
+    /// None asks the kernel. For tests of power cuts.
+    pub boot_id: Option<String>,
 }
 
 impl Options {
@@ -62,7 +67,9 @@ impl Options {
             backend: Backend::Sled { cache_capacity: 32 << 20 },
             address: String::new(),
             segment_size: None,
+            snapshot_distance: 32 << 20,
             compaction_interval: Duration::from_secs(300),
+            boot_id: None,
         }
     }
 }
@@ -149,13 +156,17 @@ impl Node {
     /// # Errors
     /// The data directory is unusable, in use or damaged; see [`StartError`].
     pub async fn start(options: Options) -> Result<Node, StartError> {
+        Node::start_on(options, Arc::new(|file| file.sync_data())).await
+    }
+
+    /// As [`Node::start`], with the log made durable by `sync`.
+    pub(crate) async fn start_on(options: Options, sync: SyncFile) -> Result<Node, StartError> {
         let opening = options.clone();
-        let opened = tokio::task::spawn_blocking(move || open(&opening)).await;
+        let opened = tokio::task::spawn_blocking(move || open(&opening, sync)).await;
         let Opened { lock, member, wal, snapshots, state } =
             opened.map_err(|panic| StartError::Engine(panic.to_string()))??;
         let view::Opened { store, writer, applied, view } = state;
         let growth = snapshots.growth.clone();
-        let last = wal.last();
         let log = Log::new(wal, growth.clone());
         let broken = view.clone();
         let apply = ApplyThread::start(writer, move || broken.distrust());
@@ -163,7 +174,7 @@ impl Node {
         let machine = StateMachine::new(apply.clone(), Arc::new(snapshots), applied);
         let config = Arc::new(config().map_err(|e| StartError::Engine(e.to_string()))?);
         let raft = Engine::new(member.id, config, Alone, log.clone(), machine).await.map_err(engine)?;
-        let started = lead(&raft, &member, &options, last.map(|id| id.index)).await;
+        let started = lead(&raft, &member, &options).await;
         if let Err(error) = started {
             // The first error is the one to report.
             let _ = raft.shutdown().await;
@@ -193,9 +204,8 @@ impl Node {
         tasks.spawn(gather);
         let sole = Arc::new(AtomicBool::new(true));
         let (leads, leader) = watch::channel(true);
-        tasks.spawn(watch_leadership(raft.clone(), store.clone(), leads, sole.clone()));
         let (stops, stopped) = watch::channel(None);
-        tasks.spawn(watch_end(raft.clone(), stops));
+        tasks.spawn(watch_leadership(raft.clone(), store.clone(), leads, sole.clone(), stops));
         let lease_granted = Arc::new(Notify::new());
         let (s, p, l) = (store.clone(), proposer.clone(), leader.clone());
         tasks.spawn(upkeep::expire_leases(s, p, l, lease_granted.clone()));
@@ -278,6 +288,12 @@ impl Node {
         }
     }
 
+    /// Index of the last entry of the log.
+    #[cfg(test)]
+    pub(crate) async fn log_end(&self) -> u64 {
+        self.inner.raft.metrics().borrow_watched().last_log_index.unwrap_or(0)
+    }
+
     fn stop_reason(&self) -> Option<String> {
         self.inner.stopped.borrow().clone()
     }
@@ -324,7 +340,7 @@ fn engine(error: impl std::fmt::Display) -> StartError {
 }
 
 /// Opens everything on disk. Blocks.
-fn open(options: &Options) -> Result<Opened, StartError> {
+fn open(options: &Options, sync: SyncFile) -> Result<Opened, StartError> {
     let dir = &options.data_dir;
     make_private(dir).map_err(data_dir("creating", dir))?;
     let lock = member::lock(dir).map_err(data_dir("locking", dir))?;
@@ -334,12 +350,13 @@ fn open(options: &Options) -> Result<Opened, StartError> {
         Some(size) => size,
         None => segment_size(dir).map_err(data_dir("measuring the disk", dir))?,
     };
-    let wal = Wal::open(&dir.join("wal"), WalOptions::new(segment_size))?;
+    let wal = Wal::open(&dir.join("wal"), WalOptions { segment_size, sync })?;
     let snapshot_dir = dir.join("snapshot");
     let snapshot = snapshot::newest(&snapshot_dir)?;
-    let state = view::open(dir, &options.backend, snapshot.as_ref(), &wal)?;
+    let boot_id = options.boot_id.clone().unwrap_or_else(view::boot_id);
+    let state = view::open(dir, &options.backend, boot_id, snapshot.as_ref(), &wal)?;
     let growth = Arc::new(Growth::default());
-    let snapshots = Snapshots::new(snapshot_dir, snapshot, growth);
+    let snapshots = Snapshots::new(snapshot_dir, options.snapshot_distance, snapshot, growth);
     let (bytes, entries) = wal.size_after(snapshots.covered());
     snapshots.growth.add(bytes, entries);
     Ok(Opened { lock, member, wal, snapshots, state })
@@ -357,7 +374,7 @@ fn segment_size(dir: &Path) -> io::Result<u64> {
 }
 
 /// A lost leader is replaced in under two seconds; ticks come every 60 ms. Snapshots are triggered by
-/// [`upkeep::snapshots`], and a thousand entries stay behind them for members that lag a little.
+/// [`upkeep::snapshots`]; no entry need stay behind them, there is no member that could lag.
 fn config() -> Result<Config, openraft::ConfigError> {
     Config {
         cluster_name: "coracle".to_owned(),
@@ -366,34 +383,47 @@ fn config() -> Result<Config, openraft::ConfigError> {
         election_timeout_max: 1500,
         install_snapshot_timeout: 60_000,
         snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: 1000,
+        max_in_snapshot_log_to_keep: 0,
         enable_pre_vote: Some(true),
+        // Proposals come gathered: a deep queue would only cost memory.
+        api_batch_capacity: 64,
         ..Config::default()
     }
     .validate()
 }
 
 /// Makes this member the leader of its cluster of one, and waits until everything in its log is applied.
-async fn lead(raft: &Engine, member: &Member, options: &Options, last: Option<u64>) -> Result<(), StartError> {
+async fn lead(raft: &Engine, member: &Member, options: &Options) -> Result<(), StartError> {
     if !raft.is_initialized().await.map_err(engine)? {
         let me = Peer { address: options.address.clone() };
         raft.initialize(BTreeMap::from([(member.id, me)])).await.map_err(engine)?;
     }
-    let members = raft.voter_ids().chain(raft.learner_ids()).filter(|id| *id != member.id).count() + 1;
-    if members > 1 {
+    let count = |state: &openraft::RaftState<TypeConfig>| state.membership_state.effective().nodes().count();
+    let members = raft.with_raft_state(count).await.map_err(engine)?;
+    if members != 1 {
         return Err(StartError::HasPeers { path: options.data_dir.clone(), members });
     }
-    let leads = |metrics: &openraft::RaftMetrics<TypeConfig>| metrics.state == ServerState::Leader;
-    while raft.wait(Some(ELECTION_PATIENCE)).metrics(leads, "leads").await.is_err() {
+    // A member that led when it ended leads again at once. An entry of this run: once it is applied, so is everything
+    // before it.
+    loop {
+        match raft.write_blank().await {
+            Ok(_) => return Ok(()),
+            Err(RaftError::Fatal(fatal)) => return Err(engine(fatal)),
+            Err(RaftError::APIError(not_leader)) => tracing::debug!(%not_leader, "asking for an election"),
+        }
         raft.trigger().elect(false).await.map_err(engine)?;
+        tokio::time::sleep(ELECTION_PAUSE).await;
     }
-    // An entry of this run: everything before it is committed and applied once it is.
-    let _ = last;
-    raft.write_blank().await.map_err(engine)?;
-    Ok(())
 }
 
-async fn watch_leadership(raft: Engine, store: Store, leads: watch::Sender<bool>, sole: Arc<AtomicBool>) {
+/// Follows openraft's metrics; ends when it has ended, and says why.
+async fn watch_leadership(
+    raft: Engine,
+    store: Store,
+    leads: watch::Sender<bool>,
+    sole: Arc<AtomicBool>,
+    stops: watch::Sender<Option<String>>,
+) {
     let mut metrics = raft.server_metrics();
     loop {
         let (leading, alone) = {
@@ -406,24 +436,13 @@ async fn watch_leadership(raft: Engine, store: Store, leads: watch::Sender<bool>
             store.renew_leases();
         }
         if metrics.changed().await.is_err() {
-            sole.store(false, Ordering::Release);
-            leads.send_replace(false);
-            return;
+            break;
         }
     }
-}
-
-async fn watch_end(raft: Engine, stops: watch::Sender<Option<String>>) {
-    let mut metrics = raft.metrics();
-    loop {
-        let fatal = metrics.borrow_watched().running_state.as_ref().err().map(ToString::to_string);
-        if let Some(reason) = fatal {
-            tracing::error!(reason, "this member has stopped");
-            stops.send_replace(Some(reason));
-            return;
-        }
-        if metrics.changed().await.is_err() {
-            return;
-        }
-    }
+    sole.store(false, Ordering::Release);
+    leads.send_replace(false);
+    let reason = raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string);
+    let reason = reason.unwrap_or_else(|| "the consensus engine ended".to_owned());
+    tracing::error!(reason, "this member has stopped");
+    stops.send_replace(Some(reason));
 }

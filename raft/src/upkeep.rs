@@ -65,13 +65,9 @@ pub(crate) async fn snapshots(raft: Engine, growth: Arc<Growth>) {
             growth.due.notified().await;
             continue;
         }
-        let before = growth.now();
         if raft.trigger().snapshot().await.is_err() {
             return; // the engine has stopped
         }
-        // The growth shrinks once the snapshot is written.
-        while growth.now() >= before {
-            tokio::time::sleep(Duration::from_millis(250)).await;
-        }
+        growth.taken.notified().await;
     }
 }

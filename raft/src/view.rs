@@ -79,6 +79,7 @@ pub(crate) struct Opened {
 #[derive(Clone, Debug)]
 pub(crate) struct View {
     parent: PathBuf,
+    boot_id: String,
     directory: Option<String>,
 }
 
@@ -89,7 +90,14 @@ impl View {
         let Some(directory) = &self.directory else { return Ok(()) };
         let path = self.parent.join(directory);
         sync_tree(&path).map_err(io_error("syncing", &path))?;
-        write_marker(&self.parent, directory, true)
+        self.mark(directory, true)
+    }
+
+    fn mark(&self, directory: &str, clean: bool) -> Result<(), ViewError> {
+        let path = self.parent.join(MARKER);
+        let marker = Marker { directory: directory.to_owned(), boot_id: self.boot_id.clone(), clean };
+        let json = serde_json::to_vec(&marker).map_err(|error| io_error("encoding", &path)(error.into()))?;
+        write_durably(&path, &json).map_err(io_error("writing", &path))
     }
 
     /// The state must not be used again.
@@ -100,41 +108,41 @@ impl View {
     }
 }
 
-/// Opens the state in `parent`, or rebuilds it as of `snapshot` (empty without one).
+/// Opens the state in `parent`, or rebuilds it as of `snapshot` (empty without one). `boot_id` is the kernel's id of this
+/// boot.
 pub(crate) fn open(
     parent: &Path,
     backend: &Backend,
+    boot_id: String,
     snapshot: Option<&SnapshotFile>,
     wal: &Wal,
 ) -> Result<Opened, ViewError> {
+    let mut view = View { parent: parent.to_path_buf(), boot_id, directory: None };
     let Backend::Sled { cache_capacity } = *backend else {
-        let view = View { parent: parent.to_path_buf(), directory: None };
         return fill(Store::open(Options::memory())?, snapshot, view);
     };
-    let options = |path: PathBuf| Options {
-        backend: coracle_store::Backend::Sled { dir: path, cache_capacity },
+    let options = |directory: &str| Options {
+        backend: coracle_store::Backend::Sled { dir: parent.join(directory), cache_capacity },
         ..Options::sled(parent)
     };
-    let boot_id = boot_id();
     if let Some(marker) = read_marker(parent)
-        && (marker.clean || marker.boot_id == boot_id)
+        && (marker.clean || marker.boot_id == view.boot_id)
     {
         // A power cut from here on must not find the word "clean".
-        write_marker(parent, &marker.directory, false)?;
-        match reopen(options(parent.join(&marker.directory)), snapshot, wal) {
+        view.mark(&marker.directory, false)?;
+        match reopen(options(&marker.directory), snapshot, wal) {
             Ok((store, writer, applied)) => {
                 remove_others(parent, &marker.directory);
-                let view = View { parent: parent.to_path_buf(), directory: Some(marker.directory) };
+                view.directory = Some(marker.directory);
                 return Ok(Opened { store, writer, applied, view });
             }
             Err(reason) => tracing::info!(reason, "rebuilding the state from snapshot and log"),
         }
     }
     let directory = fresh_name(parent)?;
-    let opened = Store::open(options(parent.join(&directory)))?;
-    let view = View { parent: parent.to_path_buf(), directory: Some(directory.clone()) };
-    let opened = fill(opened, snapshot, view)?;
-    write_marker(parent, &directory, false)?;
+    view.directory = Some(directory.clone());
+    let opened = fill(Store::open(options(&directory))?, snapshot, view)?;
+    opened.view.mark(&directory, false)?;
     remove_others(parent, &directory);
     Ok(opened)
 }
@@ -173,10 +181,15 @@ fn reopen(
     }
     let live = snapshot.map_or(0, |snapshot| snapshot.live_bytes);
     let size = store.size().map_err(|_| "its size can't be measured")?;
-    if snapshot.is_some() && size > MIN_REBUILD.max(3 * live) {
+    if snapshot.is_some() && outgrown(size, live) {
         return Err("it has grown beyond three times the live data");
     }
     Ok((store, writer, applied))
+}
+
+/// sled gives no space back, so the directory is filled anew from time to time.
+fn outgrown(size: u64, live: u64) -> bool {
+    size > MIN_REBUILD.max(3 * live)
 }
 
 /// True when the log (or the snapshot) holds the very entry that was applied last.
@@ -193,12 +206,6 @@ fn read_marker(parent: &Path) -> Option<Marker> {
     plain.then_some(marker)
 }
 
-fn write_marker(parent: &Path, directory: &str, clean: bool) -> Result<(), ViewError> {
-    let marker = Marker { directory: directory.to_owned(), boot_id: boot_id(), clean };
-    let json = serde_json::to_vec(&marker).map_err(|e| io_error("encoding", &parent.join(MARKER))(e.into()))?;
-    write_durably(&parent.join(MARKER), &json).map_err(io_error("writing", &parent.join(MARKER)))
-}
-
 /// Replaces a small file by rename; durable when it returns.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let unfinished = path.with_extension("tmp");
@@ -212,8 +219,8 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
-/// The kernel's id of this boot; empty, which fits no marker, where there is none.
-fn boot_id() -> String {
+/// The kernel's id of this boot; where there is none, one that fits no marker.
+pub(crate) fn boot_id() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     if id.trim().is_empty() { format!("unknown-{}", rand::random::<u64>()) } else { id.trim().to_owned() }
 }
@@ -266,4 +273,27 @@ fn sync_tree(path: &Path) -> io::Result<()> {
         }
     }
     File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_or_well_filled_directories_are_kept() {
+        const MIB: u64 = 1 << 20;
+        for (size, live, rebuild) in [(60, 1, false), (70, 1, true), (290, 100, false), (310, 100, true)] {
+            assert_eq!(outgrown(size * MIB, live * MIB), rebuild, "{size} MiB for {live} MiB");
+        }
+    }
+
+    #[test]
+    fn a_marker_can_not_name_a_directory_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, plain) in [("view-3", true), ("view-../../etc", false), ("other", false)] {
+            let marker = Marker { directory: name.to_owned(), boot_id: "b".to_owned(), clean: true };
+            fs::write(dir.path().join(MARKER), serde_json::to_vec(&marker).unwrap()).unwrap();
+            assert_eq!(read_marker(dir.path()).is_some(), plain, "{name}");
+        }
+    }
 }

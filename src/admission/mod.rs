@@ -8,13 +8,12 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | [`request`] | [`Request`], [`Operation`] |
-//! | [`rejection`] | [`Rejection`], [`FieldError`]: refusals that become a `metav1.Status` |
 
-pub mod rejection;
 pub mod request;
 
-pub use rejection::{FieldError, Rejection};
 pub use request::{Operation, Request, Warnings};
+
+use crate::apiserver::status::Status;
 
 /// The chain of plug-ins in upstream's order. Cheap to clone.
 #[derive(Clone, Default)]
@@ -22,17 +21,17 @@ pub struct Admission {}
 
 impl Admission {
     /// The mutating phase: may change `request.object`.
-    pub async fn mutate(&self, _request: &mut Request<'_>) -> Result<Warnings, Rejection> {
+    pub async fn mutate(&self, _request: &mut Request<'_>) -> Result<Warnings, Status> {
         Ok(Warnings::new())
     }
 
     /// The validating phase: changes nothing but may charge quotas, so call it last and once per attempt.
-    pub async fn validate(&self, _request: &Request<'_>) -> Result<Warnings, Rejection> {
+    pub async fn validate(&self, _request: &Request<'_>) -> Result<Warnings, Status> {
         Ok(Warnings::new())
     }
 
     /// Both phases.
-    pub async fn admit(&self, request: &mut Request<'_>) -> Result<Warnings, Rejection> {
+    pub async fn admit(&self, request: &mut Request<'_>) -> Result<Warnings, Status> {
         let mut warnings = self.mutate(request).await?;
         warnings.extend(self.validate(request).await?);
         Ok(warnings)

@@ -86,6 +86,22 @@ pub fn decode(kind: Kind<'_>, body: &[u8], format: BodyFormat, validation: Field
     Ok(Decoded { value: decoded.value, warnings: decoded.warnings })
 }
 
+/// Decodes the body of a server-side apply (YAML, of which JSON is a part) as it stands: only what is there is applied.
+///
+/// # Errors
+/// 400 with upstream's text; under strict validation also for unknown and duplicate fields.
+pub fn decode_apply(body: &[u8], validation: FieldValidation, kind: Kind<'_>) -> Result<Decoded, Status> {
+    let value: Value =
+        serde_yaml::from_slice(body).map_err(|error| Status::bad_request(format!("error decoding YAML: {error}")))?;
+    let mut warnings = Vec::new();
+    if validation != FieldValidation::Ignore {
+        let level = if validation == FieldValidation::Warn { FieldValidation::Warn } else { FieldValidation::Strict };
+        // Decoded for its findings alone.
+        warnings = decode(kind, body, BodyFormat::Yaml, level)?.warnings;
+    }
+    Ok(Decoded { value, warnings })
+}
+
 /// Fills in what the schema's defaults say.
 pub fn default(kind: Kind<'_>, value: &mut Value) {
     if let Ok(node) = type_of(kind) {

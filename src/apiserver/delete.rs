@@ -185,7 +185,11 @@ fn plan_namespace(
     Ok(if finalizers(object).is_empty() { Plan::Remove } else { Plan::Keep })
 }
 
-fn check_preconditions(resource: &Resource, object: &Value, options: &DeleteOptions) -> Result<(), Status> {
+/// The preconditions of a delete.
+///
+/// # Errors
+/// 409 when the object is another one than the caller meant.
+pub fn check_preconditions(resource: &Resource, object: &Value, options: &DeleteOptions) -> Result<(), Status> {
     let name = meta(object, "name");
     let conflict = |why: String| Err(Status::conflict(&resource.group, &resource.kind, name, why));
     if let Some(uid) = options.uid.as_deref().filter(|uid| *uid != meta(object, "uid")) {

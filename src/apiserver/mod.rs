@@ -5,6 +5,7 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
+//! | [`listener`] | TLS, HTTP, credentials, bounds on what strangers can make us hold |
 //! | [`service`] | [`ApiServer`]: the whole API as one `tower::Service` |
 //! | [`limits`] | how many requests at once |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
@@ -16,6 +17,7 @@
 //! | [`watch`] | watch |
 //! | [`write`], [`patch`], [`delete`] | create and update, patch, delete and deletecollection |
 //! | [`subresource`] | what lies below an object's path |
+//! | [`reviews`] | kinds that are questions, and token requests |
 //! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
 //! | [`codec`], [`convert`] | bodies, defaults, versions |
 //! | [`object`], [`scan`] | the stored form: splicing, encoding, looking in without parsing |
@@ -35,6 +37,7 @@ pub mod field;
 pub mod fields;
 pub mod health;
 pub mod limits;
+pub mod listener;
 pub mod metadata;
 pub mod names;
 pub mod negotiate;
@@ -46,6 +49,7 @@ pub mod read;
 pub mod registry;
 pub mod request;
 pub mod resources;
+pub mod reviews;
 pub mod scan;
 pub mod selector;
 pub mod service;
@@ -56,6 +60,7 @@ pub mod tracking;
 pub mod watch;
 pub mod write;
 
+pub use reviews::Reviews;
 pub use service::{ApiServer, Parts, client};
 
 #[cfg(test)]

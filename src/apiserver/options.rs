@@ -160,6 +160,8 @@ pub struct WriteOptions {
     pub field_validation: FieldValidation,
     /// Only of server-side apply.
     pub force: bool,
+    /// Whether this is a server-side apply, which keeps its own record of managed fields.
+    pub applied: bool,
 }
 
 impl WriteOptions {
@@ -192,7 +194,7 @@ impl WriteOptions {
         });
         refuse(kind, &errors)?;
         let force = query.bool("force");
-        Ok(WriteOptions { dry_run, field_manager: field_manager.to_owned(), field_validation, force })
+        Ok(WriteOptions { dry_run, field_manager: field_manager.to_owned(), field_validation, force, applied: false })
     }
 
     /// The manager of the written fields: as sent, else the first part of the user agent.

@@ -2,15 +2,18 @@
 
 use super::body::Body;
 use super::call::Call;
-use super::codec;
-use super::object::meta;
+use super::codec::{self, Kind};
+use super::metadata;
+use super::object::{meta, metadata_mut};
 use super::options::WriteOptions;
 use super::status::Status;
 use super::write;
+use crate::schema;
+use crate::schema::managed::{self, ApplyError};
 use crate::schema::patch::PatchKind;
-use crate::schema::{self};
+use bytes::Bytes;
 use http::{HeaderMap, Response, header};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const MEDIA_TYPES: [&str; 4] = [
     "application/json-patch+json",
@@ -19,62 +22,149 @@ const MEDIA_TYPES: [&str; 4] = [
     "application/apply-patch+yaml",
 ];
 
-/// Which patch a body is.
+/// What a body does to an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Method {
     Patch(PatchKind),
     Apply,
 }
 
-fn kind(headers: &HeaderMap) -> Result<Kind, Status> {
+fn method(headers: &HeaderMap) -> Result<Method, Status> {
     let text = headers.get(header::CONTENT_TYPE).and_then(|h| h.to_str().ok()).unwrap_or_default();
     match text.split(';').next().unwrap_or_default().trim() {
-        "application/json-patch+json" => Ok(Kind::Patch(PatchKind::Json)),
-        "application/merge-patch+json" => Ok(Kind::Patch(PatchKind::Merge)),
-        "application/strategic-merge-patch+json" => Ok(Kind::Patch(PatchKind::Strategic)),
-        "application/apply-patch+yaml" => Ok(Kind::Apply),
+        "application/json-patch+json" => Ok(Method::Patch(PatchKind::Json)),
+        "application/merge-patch+json" => Ok(Method::Patch(PatchKind::Merge)),
+        "application/strategic-merge-patch+json" => Ok(Method::Patch(PatchKind::Strategic)),
+        "application/apply-patch+yaml" => Ok(Method::Apply),
         _ => Err(Status::unsupported_media_type(&MEDIA_TYPES)),
     }
 }
 
-/// The verb patch, also of status-like subresources.
-pub async fn patch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status> {
-    let kind = kind(call.headers)?;
-    let options = WriteOptions::new(call.query, "PatchOptions", kind == Kind::Apply)?;
-    let bytes = body.collect(codec::BODY_MAX).await?;
-    match kind {
-        Kind::Patch(kind) => {
-            let change = |old: Option<&Value>| {
-                let mut current = old.ok_or_else(|| call.not_found())?.clone();
-                codec::from_storage(call.resource, call.info.version, &mut current);
-                let mut patched = apply_to(call, kind, &current, &bytes, &options)?;
-                codec::to_storage(call.resource, call.info.version, &mut patched);
-                Ok(patched)
-            };
-            write::modify_existing(call, &options, &change).await?.respond(call)
-        }
-        Kind::Apply => Err(Status::unsupported_media_type(&MEDIA_TYPES[..3])),
-    }
+/// A patch as it was sent.
+pub struct Request {
+    pub method: Method,
+    pub options: WriteOptions,
+    bytes: Bytes,
 }
 
-fn apply_to(
+/// Reads the patch of a call.
+///
+/// # Errors
+/// 415 for an unknown kind of patch, 422 for wrong options.
+pub async fn read(call: &Call<'_>, body: Body) -> Result<Request, Status> {
+    let method = method(call.headers)?;
+    let mut options = WriteOptions::new(call.query, "PatchOptions", method == Method::Apply)?;
+    options.applied = method == Method::Apply;
+    let bytes = body.collect(codec::BODY_MAX).await?;
+    Ok(Request { method, options, bytes })
+}
+
+/// The verb patch, also of status-like subresources.
+pub async fn patch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status> {
+    let request = read(call, body).await?;
+    let now = metadata::now();
+    let change = |old: Option<&Value>| {
+        let current = old.map(|old| {
+            let mut current = old.clone();
+            codec::from_storage(call.resource, call.info.version, &mut current);
+            current
+        });
+        let mut patched = apply(call, &request, call.kind(), current.as_ref(), &now)?;
+        if current.is_none() {
+            write::place(call, &mut patched)?;
+            write::check_name(call, &mut patched)?;
+        }
+        codec::to_storage(call.resource, call.info.version, &mut patched);
+        Ok(patched)
+    };
+    let creates = request.method == Method::Apply && call.subresource.is_none();
+    write::modify_or(call, &request.options, creates, &change).await?.respond(call)
+}
+
+/// The object of a kind after a patch.
+///
+/// # Errors
+/// What is wrong with the patch, conflicts of an apply, 404 when there is nothing to patch.
+pub fn apply(
     call: &Call<'_>,
-    kind: PatchKind,
-    current: &Value,
-    patch: &[u8],
-    options: &WriteOptions,
+    request: &Request,
+    kind: Kind<'_>,
+    current: Option<&Value>,
+    now: &str,
 ) -> Result<Value, Status> {
-    let node = codec::type_of(call.kind())?;
-    let patched = schema::patch::apply(schema::builtin(), node, kind, current, patch, options.field_validation)?;
-    call.warn(patched.warnings);
-    for (key, what) in [("name", "name"), ("namespace", "namespace")] {
-        if meta(&patched.value, key) != meta(current, key) {
-            return Err(Status::bad_request(format!(
-                "the {what} of the object ({}) does not match the {what} on the URL ({})",
-                meta(&patched.value, key),
-                meta(current, key)
-            )));
+    let node = codec::type_of(kind)?;
+    let (table, validation) = (schema::builtin(), request.options.field_validation);
+    let patched = match (request.method, current) {
+        (Method::Patch(patch), Some(current)) => {
+            let patched = schema::patch::apply(table, node, patch, current, &request.bytes, validation)?;
+            call.warn(patched.warnings);
+            patched.value
+        }
+        (Method::Patch(_), None) => return Err(call.not_found()),
+        (Method::Apply, current) => {
+            let decoded = codec::decode_apply(&request.bytes, validation, kind)?;
+            call.warn(decoded.warnings);
+            let mut patch = decoded.value;
+            check_target(call, &mut patch)?;
+            let manager = request.options.manager(call.user_agent());
+            let reset = managed::reset_fields(table, node, kind.group, kind.kind, call.subresource_name());
+            let api_version = kind.api_version();
+            let operation = managed::Operation {
+                manager: &manager,
+                api_version: &api_version,
+                subresource: call.subresource_name(),
+                now,
+                reset: &reset,
+            };
+            managed::apply(table, node, current, &patch, &operation, request.options.force)?
+        }
+    };
+    if let Some(current) = current {
+        for what in ["name", "namespace"] {
+            let (after, before) = (meta(&patched, what), meta(current, what));
+            if after != before {
+                return Err(Status::bad_request(format!(
+                    "the {what} of the object ({after}) does not match the {what} on the URL ({before})"
+                )));
+            }
         }
     }
-    Ok(patched.value)
+    Ok(patched)
+}
+
+/// An applied configuration names the object of the URL, or leaves that to it.
+fn check_target(call: &Call<'_>, patch: &mut Value) -> Result<(), Status> {
+    if !patch.is_object() {
+        return Err(Status::bad_request("error decoding YAML: an object is expected"));
+    }
+    write::check_name(call, patch)?;
+    let namespace = call.namespace().to_owned();
+    match meta(patch, "namespace") {
+        "" if !namespace.is_empty() => {
+            metadata_mut(patch).insert("namespace".to_owned(), json!(namespace));
+        }
+        found if found != namespace => {
+            return Err(Status::bad_request(format!(
+                "the namespace of the object ({found}) does not match the namespace on the URL ({namespace})"
+            )));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+impl From<ApplyError> for Status {
+    fn from(error: ApplyError) -> Status {
+        match error {
+            ApplyError::BadRequest(text) => Status::bad_request(text),
+            ApplyError::Conflict { message, causes } => Status::apply_conflict(
+                message,
+                causes
+                    .into_iter()
+                    .map(|c| json!({ "reason": "FieldManagerConflict", "message": c.message, "field": c.field }))
+                    .collect(),
+            ),
+            ApplyError::Internal(text) => Status::new(http::StatusCode::INTERNAL_SERVER_ERROR, "", text),
+        }
+    }
 }

@@ -23,6 +23,8 @@ pub struct RequestInfo<'a> {
     pub rest: &'a str,
     /// Whether a rest is there at all: `/proxy` and `/proxy/` differ.
     pub has_rest: bool,
+    /// The `fieldSelector` of a list, watch or deletecollection; the node authorizer judges by it.
+    pub field_selector: String,
 }
 
 fn lower(method: &Method) -> &'static str {
@@ -123,6 +125,9 @@ impl<'a> RequestInfo<'a> {
         if self.name.is_empty() && self.verb == "delete" {
             self.verb = "deletecollection";
         }
+        if matches!(self.verb, "list" | "watch" | "deletecollection") {
+            self.field_selector = query.get("fieldSelector").unwrap_or_default().to_owned();
+        }
     }
 
     /// The question for the authorizer.
@@ -137,6 +142,7 @@ impl<'a> RequestInfo<'a> {
             namespace: self.namespace,
             path: self.path,
             is_resource: self.is_resource,
+            field_selector: &self.field_selector,
         }
     }
 

@@ -447,8 +447,16 @@ fn core() -> Vec<Resource> {
             .fields(&["spec.unschedulable"])
             .sub_of("proxy", S::Proxy, Verbs::PROXY, ("", "", "NodeProxyOptions"))
             .status(),
-        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced).strategy(&strategy::fixed::CLAIM).returned().short(&["pvc"]).status(),
-        row("PersistentVolume", "persistentvolumes", Cluster).strategy(&strategy::fixed::VOLUME).returned().short(&["pv"]).status(),
+        row("PersistentVolumeClaim", "persistentvolumeclaims", Namespaced)
+            .strategy(&strategy::fixed::CLAIM)
+            .returned()
+            .short(&["pvc"])
+            .status(),
+        row("PersistentVolume", "persistentvolumes", Cluster)
+            .strategy(&strategy::fixed::VOLUME)
+            .returned()
+            .short(&["pv"])
+            .status(),
         row("Pod", "pods", Namespaced)
             .returned()
             .short(&["po"])
@@ -509,7 +517,11 @@ fn workloads() -> Vec<Resource> {
     let batch = |kind: &'static str, plural: &'static str| Resource::new("batch", &["v1"], kind, plural, Namespaced);
     vec![
         apps("ControllerRevision", "controllerrevisions"),
-        apps("DaemonSet", "daemonsets").short(&["ds"]).category("all").strategy(&strategy::workload::DAEMON_SET).status(),
+        apps("DaemonSet", "daemonsets")
+            .short(&["ds"])
+            .category("all")
+            .strategy(&strategy::workload::DAEMON_SET)
+            .status(),
         apps("Deployment", "deployments")
             .short(&["deploy"])
             .category("all")
@@ -529,7 +541,8 @@ fn workloads() -> Vec<Resource> {
             .strategy(&strategy::workload::STATEFUL_SET)
             .scale()
             .status(),
-        Resource::new("autoscaling", &["v2", "v1"], "HorizontalPodAutoscaler", "horizontalpodautoscalers", Namespaced).strategy(&strategy::fixed::AUTOSCALER)
+        Resource::new("autoscaling", &["v2", "v1"], "HorizontalPodAutoscaler", "horizontalpodautoscalers", Namespaced)
+            .strategy(&strategy::fixed::AUTOSCALER)
             .short(&["hpa"])
             .category("all")
             .status(),

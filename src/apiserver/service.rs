@@ -11,16 +11,20 @@ use super::query::{self, Query};
 use super::registry::Registry;
 use super::request::RequestInfo;
 use super::resources::Resource;
+use super::reviews::{self, Reviews};
 use super::status::Status;
+use super::subresource::{self, connect};
 use super::{delete, discovery, patch, read, watch, write};
 use crate::admission::Admission;
 use crate::auth::{Authorizer, Identity};
 use crate::strategy::service::allocation::ServiceNetwork;
+use coracle_agent::NodeLink;
 use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -55,7 +59,13 @@ struct Inner {
     limits: Limits,
     /// The lease that expiring objects are bound to at present, its time to live, and when it was made.
     lease: Mutex<Option<(u64, u64, Instant)>>,
+    reviews: OnceLock<Arc<dyn Reviews>>,
+    nodes: RwLock<HashMap<String, NodeLink>>,
+    paths: RwLock<Vec<(String, PathHandler)>>,
 }
+
+/// Answers a path outside of the resources.
+pub type PathHandler = Arc<dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
 
 impl ApiServer {
     /// A service over its parts.
@@ -67,6 +77,9 @@ impl ApiServer {
                 health: Health::default(),
                 limits: Limits::default(),
                 lease: Mutex::new(None),
+                reviews: OnceLock::new(),
+                nodes: RwLock::default(),
+                paths: RwLock::default(),
             }),
         }
     }
@@ -101,6 +114,50 @@ impl ApiServer {
         &self.inner.health
     }
 
+    /// Says who answers reviews and token requests; only the first call counts.
+    pub fn set_reviews(&self, reviews: Arc<dyn Reviews>) {
+        // A second one would mean two starts of the same server.
+        let _ = self.inner.reviews.set(reviews);
+    }
+
+    /// Who answers reviews and token requests.
+    ///
+    /// # Errors
+    /// 503 while the server starts.
+    pub fn reviews(&self) -> Result<&Arc<dyn Reviews>, Status> {
+        self.inner.reviews.get().ok_or_else(|| Status::unavailable("the server is starting"))
+    }
+
+    /// Says how a node is reached; none when it no longer is.
+    pub fn set_node_link(&self, node: &str, link: Option<NodeLink>) {
+        let mut nodes = self.inner.nodes.write();
+        match link {
+            Some(link) => nodes.insert(node.to_owned(), link),
+            None => nodes.remove(node),
+        };
+    }
+
+    /// The way to a node.
+    pub fn node_link(&self, node: &str) -> Option<NodeLink> {
+        self.inner.nodes.read().get(node).cloned()
+    }
+
+    /// Serves a path (and, when it ends in a slash, everything below), e.g. `/metrics` or `/openapi/`. Authorization has
+    /// passed when `handler` is called.
+    pub fn add_path(&self, path: &str, handler: PathHandler) {
+        self.inner.paths.write().push((path.to_owned(), handler));
+    }
+
+    fn path_handler(&self, path: &str) -> Option<PathHandler> {
+        let paths = self.inner.paths.read();
+        let found = paths.iter().find(|(served, _)| {
+            path == served
+                || path == served.trim_end_matches('/')
+                || (served.ends_with('/') && path.starts_with(served))
+        });
+        found.map(|(_, handler)| handler.clone())
+    }
+
     /// Ends watches when cancelled.
     pub fn shutdown(&self) -> CancellationToken {
         self.inner.parts.shutdown.clone()
@@ -129,7 +186,8 @@ impl ApiServer {
     }
 
     async fn handle(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
         let identity = parts.extensions.get::<Identity>().ok_or_else(Status::unauthorized)?;
         let query = Query::parse(parts.uri.query());
         let Some(path) = query::decode(parts.uri.path(), false) else {
@@ -142,6 +200,9 @@ impl ApiServer {
             return Err(Status::forbidden_message(info.group, info.resource, &info.name, message));
         }
         if !info.is_resource {
+            if let Some(handler) = self.path_handler(info.path) {
+                return Ok(handler(Request::from_parts(parts.clone(), body)).await);
+            }
             return self.non_resource(&parts.method, &info, &query, &parts.headers);
         }
         let snapshot = self.inner.registry.snapshot();
@@ -168,11 +229,18 @@ impl ApiServer {
             subresource,
             warnings: Mutex::new(Vec::new()),
         };
+        let connects = subresource.is_some_and(|s| subresource::connects(s.does));
         let _turn = match info.verb {
             "watch" => None,
+            _ if connects => None,
             _ => Some(self.inner.limits.enter(identity, info.is_read_only()).await?),
         };
-        let answer = dispatch(&call, body).await;
+        let answer = if connects {
+            let (method, headers) = (parts.method.clone(), parts.headers.clone());
+            connect_verb(&call, connect::Incoming { method, headers, upgrade, body }).await
+        } else {
+            dispatch(&call, body).await
+        };
         let warnings = call.warnings.into_inner();
         let mut response = match answer {
             Ok(response) => response,
@@ -209,6 +277,14 @@ fn page_not_found() -> Response<Body> {
     respond(StatusCode::NOT_FOUND, "text/plain; charset=utf-8", "404 page not found\n".to_owned().into())
 }
 
+async fn connect_verb(call: &Call<'_>, incoming: connect::Incoming) -> Result<Response<Body>, Status> {
+    let verbs = call.subresource.map(|s| s.verbs).unwrap_or_default();
+    if !verbs.contains_name(call.info.verb) {
+        return Err(Status::method_not_allowed());
+    }
+    connect::connect(call, incoming).await
+}
+
 async fn dispatch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status> {
     let verb = call.info.verb;
     let verbs = call.subresource.map_or(call.resource.verbs, |s| s.verbs);
@@ -219,6 +295,12 @@ async fn dispatch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status>
     if spans_namespaces && !matches!(verb, "list" | "watch" | "deletecollection") {
         return Err(if verb == "create" { Status::method_not_allowed() } else { Status::no_such_resource() });
     }
+    if let Some(what) = call.resource.answers {
+        return match verb {
+            "create" => reviews::create(call, what, body).await,
+            _ => reviews::component_status(call),
+        };
+    }
     match (verb, call.subresource) {
         ("get", None) => read::get(call).await,
         ("list", None) => read::list(call).await,
@@ -228,7 +310,7 @@ async fn dispatch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status>
         ("patch", None) => patch::patch(call, body).await,
         ("delete", None) => delete::delete(call, body).await,
         ("deletecollection", None) => delete::delete_collection(call, body).await,
-        (_, Some(_)) => super::subresource::dispatch(call, body).await,
+        (_, Some(_)) => subresource::dispatch(call, body).await,
         _ => Err(Status::method_not_allowed()),
     }
 }

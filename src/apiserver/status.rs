@@ -3,7 +3,6 @@
 
 use super::body::{Body, CollectError};
 use super::field::{ErrorList, FieldError, aggregate, quote};
-use crate::admission::Rejection;
 use crate::schema::patch::PatchError;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value, json};
@@ -335,17 +334,6 @@ impl From<PatchError> for Status {
     }
 }
 
-impl From<Rejection> for Status {
-    fn from(rejection: Rejection) -> Status {
-        let code = StatusCode::from_u16(rejection.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut status = Status::new(code, rejection.reason, rejection.message);
-        if let Some(Value::Object(details)) = rejection.details {
-            status.0.details = details;
-        }
-        status
-    }
-}
-
 /// The `Success` status that answers a delete which left nothing behind.
 pub fn deleted(group: &str, resource: &str, name: &str, uid: &str) -> Value {
     let mut details = Map::new();
@@ -375,7 +363,7 @@ mod tests {
             invalid.to_value()["details"]["causes"][0],
             json!({ "reason": "FieldValueRequired", "message": "Required value", "field": "spec" })
         );
-        let rejected: Status = Rejection::forbidden("", "pods", "p", "no").into();
+        let rejected = Status::forbidden("", "pods", "p", "no");
         assert_eq!(rejected.to_value()["details"], json!({ "name": "p", "kind": "pods" }));
     }
 }

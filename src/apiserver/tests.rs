@@ -15,9 +15,10 @@ pub struct Harness {
 
 impl Harness {
     pub fn new() -> Harness {
+        let backend = memory::backend();
         let server = ApiServer::new(Parts {
-            backend: memory::backend(),
-            authorizer: Default::default(),
+            authorizer: crate::auth::Authorizer::new(backend.store().clone()),
+            backend,
             admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
             services: ServiceNetwork { range: "10.43.0.0/16".parse().unwrap(), node_ports: 30000..=32767 },
@@ -193,4 +194,117 @@ async fn unknown_paths_and_verbs() {
     assert_eq!(h.post("/api/v1/configmaps", map("c")).await.0, 405);
     assert_eq!(h.send("DELETE", "/api/v1/namespaces", &[], Value::Null).await.0, 405);
     assert_eq!(h.get("/version").await.1["gitVersion"], "v1.35.4+coracle");
+}
+
+#[tokio::test]
+async fn managed_fields_and_apply() {
+    let h = Harness::new();
+    let agent = [("user-agent", "kubectl/v1.35")];
+    let (_, created) = h.send("POST", MAPS, &agent, map("c")).await;
+    let entry = &created["metadata"]["managedFields"][0];
+    assert_eq!((&entry["manager"], &entry["operation"]), (&json!("kubectl"), &json!("Update")));
+    assert_eq!(entry["fieldsV1"]["f:data"]["f:a"], json!({}));
+    let apply = [("content-type", "application/apply-patch+yaml")];
+    let url = format!("{MAPS}/c?fieldManager=me");
+    let body = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "c" }, "data": { "a": "x" } });
+    let (code, conflict) = h.send("PATCH", &url, &apply, body.clone()).await;
+    assert_eq!((code, &conflict["details"]["causes"][0]["field"]), (409, &json!(".data.a")), "{conflict}");
+    let (code, applied) = h.send("PATCH", &format!("{url}&force=true"), &apply, body.clone()).await;
+    assert_eq!((code, &applied["data"]["a"]), (200, &json!("x")), "{applied}");
+    let (code, again) = h.send("PATCH", &url, &apply, body).await;
+    assert_eq!(
+        (code, &again["metadata"]["resourceVersion"]),
+        (200, &applied["metadata"]["resourceVersion"]),
+        "{again}"
+    );
+    let new = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "n" }, "data": { "a": "x" } });
+    let (code, made) = h.send("PATCH", &format!("{MAPS}/n?fieldManager=me"), &apply, new).await;
+    assert_eq!((code, &made["metadata"]["namespace"]), (201, &json!("default")), "{made}");
+}
+
+fn pod(name: &str) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name, "labels": { "a": "b" } },
+        "spec": { "containers": [{ "name": "c", "image": "i" }] } })
+}
+
+const PODS: &str = "/api/v1/namespaces/default/pods";
+
+#[tokio::test]
+async fn a_pod_is_bound_evicted_and_ends_gracefully() {
+    let h = Harness::new();
+    let (code, made) = h.post(PODS, pod("p")).await;
+    assert_eq!(
+        (code, &made["status"]["phase"], &made["status"]["qosClass"]),
+        (201, &json!("Pending"), &json!("BestEffort")),
+        "{made}"
+    );
+    let binding = json!({ "apiVersion": "v1", "kind": "Binding", "metadata": { "name": "p" }, "target": { "kind": "Node", "name": "n" } });
+    let (code, bound) = h.post(&format!("{PODS}/p/binding"), binding.clone()).await;
+    assert_eq!((code, &bound["status"]), (201, &json!("Success")), "{bound}");
+    let (code, again) = h.post(&format!("{PODS}/p/binding"), binding).await;
+    assert_eq!(code, 409, "{again}");
+    let (_, on_node) = h.get("/api/v1/pods?fieldSelector=spec.nodeName%3Dn").await;
+    assert_eq!(on_node["items"].as_array().unwrap().len(), 1);
+    let (code, ending) = h.send("DELETE", &format!("{PODS}/p"), &[], Value::Null).await;
+    assert_eq!((code, &ending["metadata"]["deletionGracePeriodSeconds"]), (200, &json!(30)), "{ending}");
+    let merge = [("content-type", "application/merge-patch+json")];
+    let (_, _) =
+        h.send("PATCH", &format!("{PODS}/p/status"), &merge, json!({ "status": { "phase": "Succeeded" } })).await;
+    let (code, _) = h.send("DELETE", &format!("{PODS}/p?gracePeriodSeconds=0"), &[], Value::Null).await;
+    assert_eq!((code, h.get(&format!("{PODS}/p")).await.0), (200, 404));
+    h.post(PODS, pod("q")).await;
+    let eviction = json!({ "apiVersion": "policy/v1", "kind": "Eviction", "metadata": { "name": "q" } });
+    let (code, evicted) = h.post(&format!("{PODS}/q/eviction"), eviction).await;
+    assert_eq!((code, h.get(&format!("{PODS}/q")).await.0), (201, 404), "{evicted}");
+}
+
+#[tokio::test]
+async fn scale_is_a_window_on_replicas() {
+    let h = Harness::new();
+    let url = "/apis/apps/v1/namespaces/default/deployments";
+    h.post(url, json!({ "metadata": { "name": "web" }, "spec": { "replicas": 2, "selector": { "matchLabels": { "a": "b" } },
+        "template": { "metadata": { "labels": { "a": "b" } }, "spec": { "containers": [{ "name": "c", "image": "i" }] } } } })).await;
+    let (code, scale) = h.get(&format!("{url}/web/scale")).await;
+    assert_eq!(
+        (code, &scale["spec"]["replicas"], &scale["status"]["selector"]),
+        (200, &json!(2), &json!("a=b")),
+        "{scale}"
+    );
+    let mut more = scale.clone();
+    more["spec"]["replicas"] = json!(5);
+    let (code, scaled) = h.send("PUT", &format!("{url}/web/scale"), &[], more).await;
+    assert_eq!((code, &scaled["spec"]["replicas"]), (200, &json!(5)), "{scaled}");
+    let merge = [("content-type", "application/merge-patch+json")];
+    let (code, scaled) =
+        h.send("PATCH", &format!("{url}/web/scale"), &merge, json!({ "spec": { "replicas": 7 } })).await;
+    assert_eq!((code, &scaled["spec"]["replicas"]), (200, &json!(7)), "{scaled}");
+    let (_, web) = h.get(&format!("{url}/web")).await;
+    assert_eq!((&web["spec"]["replicas"], &web["metadata"]["generation"]), (&json!(7), &json!(3)));
+}
+
+#[tokio::test]
+async fn a_namespace_waits_for_its_finalizer() {
+    let h = Harness::new();
+    let (code, made) = h.post("/api/v1/namespaces", json!({ "metadata": { "name": "a" } })).await;
+    assert_eq!((code, &made["spec"]["finalizers"]), (201, &json!(["kubernetes"])), "{made}");
+    assert_eq!(made["metadata"]["labels"]["kubernetes.io/metadata.name"], "a");
+    let (_, ending) = h.send("DELETE", "/api/v1/namespaces/a", &[], Value::Null).await;
+    assert_eq!(ending["status"]["phase"], "Terminating", "{ending}");
+    let mut left = ending.clone();
+    left["spec"]["finalizers"] = json!([]);
+    let (code, done) = h.send("PUT", "/api/v1/namespaces/a/finalize", &[], left).await;
+    assert_eq!((code, h.get("/api/v1/namespaces/a").await.0), (200, 404), "{done}");
+}
+
+#[tokio::test]
+async fn events_are_one_thing_under_two_groups() {
+    let h = Harness::new();
+    let event = json!({ "metadata": { "name": "e" }, "involvedObject": { "name": "p", "namespace": "default", "kind": "Pod" }, "message": "m", "reason": "R", "type": "Normal" });
+    let (code, made) = h.post("/api/v1/namespaces/default/events", event).await;
+    assert_eq!(code, 201, "{made}");
+    let (code, other) = h.get("/apis/events.k8s.io/v1/namespaces/default/events/e").await;
+    assert_eq!((code, &other["regarding"]["name"], &other["note"]), (200, &json!("p"), &json!("m")), "{other}");
+    assert_eq!(other["apiVersion"], "events.k8s.io/v1");
+    let (_, list) = h.get("/api/v1/events?fieldSelector=involvedObject.name%3Dp").await;
+    assert_eq!(list["items"].as_array().unwrap().len(), 1);
 }

@@ -1,14 +1,17 @@
 //! `metadata.managedFields`: who wrote which field, updated on every write.
 
 use super::call::Call;
+use super::codec;
 use super::options::WriteOptions;
 use super::status::Status;
+use crate::schema;
+use crate::schema::managed;
 use serde_json::Value;
 
-/// Records the caller as the manager of what it changed.
+/// Records the caller as the manager of what it changed. What was applied has been recorded already.
 ///
 /// # Errors
-/// 500 when the stored entries cannot be read.
+/// 500 when the schema does not know the kind.
 pub fn track(
     call: &Call<'_>,
     object: &mut Value,
@@ -16,7 +19,21 @@ pub fn track(
     options: &WriteOptions,
     now: &str,
 ) -> Result<(), Status> {
-    let _ = (call, object, old, options, now);
+    if options.applied {
+        return Ok(());
+    }
+    let kind = call.storage_kind();
+    let (table, node) = (schema::builtin(), codec::type_of(kind)?);
+    let manager = options.manager(call.user_agent());
+    let reset = managed::reset_fields(table, node, kind.group, kind.kind, call.subresource_name());
+    let operation = managed::Operation {
+        manager: &manager,
+        api_version: &kind.api_version(),
+        subresource: call.subresource_name(),
+        now,
+        reset: &reset,
+    };
+    managed::update(table, node, old, object, &operation);
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use super::names;
 use super::object::{self, meta, metadata_mut};
 use super::options::WriteOptions;
 use super::resources::{Resource, SubresourceKind};
+use super::service::ApiServer;
 use super::status::Status;
 use super::tracking;
 use crate::admission::{Operation, Request};
@@ -460,6 +461,52 @@ pub(super) async fn release(call: &Call<'_>, name: &str, old: &Value, new: Optio
     released(call.server, &context, old, new).await;
 }
 
+/// Changes a stored object without admission and strategy: for the server's own bookkeeping (bindings, evictions), as
+/// upstream's storage does.
+///
+/// # Errors
+/// 404 when it is not there, whatever `change` answers.
+pub async fn direct(
+    server: &ApiServer,
+    resource: &Resource,
+    namespace: &str,
+    name: &str,
+    dry_run: bool,
+    change: &(dyn Fn(&Value) -> Result<Value, Status> + Send + Sync),
+) -> Result<Written, Status> {
+    let key = resource.key(namespace, name);
+    let mut fresh = false;
+    for _ in 0..ATTEMPTS {
+        if let Some(existing) = server.backend().get(&key)? {
+            match change(&object::decode_kv(&existing)?) {
+                Ok(object) => {
+                    let value = encode(resource, &object)?;
+                    if dry_run || value == existing.value {
+                        return Ok(Written { value, revision: existing.mod_revision, created: false });
+                    }
+                    let txn = Txn {
+                        compare: vec![Compare::ModRevision { key: key.clone(), equals: existing.mod_revision }],
+                        then: vec![Op::Put { key: key.clone(), value: value.clone(), lease: existing.lease }],
+                        or_else: Vec::new(),
+                    };
+                    let response = server.backend().txn(txn).await?;
+                    if response.succeeded {
+                        return Ok(Written { value, revision: response.revision, created: false });
+                    }
+                }
+                Err(status) if fresh => return Err(status),
+                // Perhaps only because this server is behind.
+                Err(_) => {}
+            }
+        } else if fresh {
+            return Err(Status::not_found(&resource.group, &resource.plural, name));
+        }
+        server.backend().barrier().await?;
+        fresh = true;
+    }
+    Err(Status::modified(&resource.group, &resource.plural, name))
+}
+
 /// Keeps what the (sub)resource of the call may not write.
 fn confine(call: &Call<'_>, object: &mut Value, old: &Value) {
     let keep = |object: &mut Value, key: &str| match old.get(key) {
@@ -491,9 +538,73 @@ fn confine(call: &Call<'_>, object: &mut Value, old: &Value) {
             for key in ["ownerReferences", "finalizers"] {
                 keep_metadata(object, old, key);
             }
+            if call.subresource.is_some_and(|s| s.does == SubresourceKind::Approval) {
+                let conditions = object.pointer("/status/conditions").cloned();
+                keep(object, "status");
+                if let Some(conditions) = conditions {
+                    object["status"]["conditions"] = conditions;
+                }
+            }
         }
-        // Scale, binding and the like change exactly what they mean to.
+        Some(SubresourceKind::EphemeralContainers) => {
+            let containers = object.pointer("/spec/ephemeralContainers").cloned();
+            replace_spec(object, old, |spec| match containers {
+                Some(containers) => spec["ephemeralContainers"] = containers,
+                None => {
+                    if let Some(fields) = spec.as_object_mut() {
+                        fields.remove("ephemeralContainers");
+                    }
+                }
+            });
+        }
+        Some(SubresourceKind::Resize) => {
+            let new = object.get("spec").cloned().unwrap_or(Value::Null);
+            replace_spec(object, old, |spec| resize(spec, &new));
+        }
+        Some(SubresourceKind::Finalize) => {
+            let left = object.pointer("/spec/finalizers").cloned();
+            replace_spec(object, old, |spec| match left {
+                Some(left) => spec["finalizers"] = left,
+                None => {
+                    if let Some(fields) = spec.as_object_mut() {
+                        fields.remove("finalizers");
+                    }
+                }
+            });
+        }
+        // A scale changes exactly what it means to.
         Some(_) => {}
+    }
+}
+
+/// The old object with the new resource version and a changed spec.
+fn replace_spec(object: &mut Value, old: &Value, change: impl FnOnce(&mut Value)) {
+    let mut result = old.clone();
+    change(&mut result["spec"]);
+    *object = result;
+}
+
+/// Takes over what a resize may change: resources and resize policies of containers, by name.
+fn resize(spec: &mut Value, new: &Value) {
+    for list in ["containers", "initContainers"] {
+        let Some(containers) = spec.get_mut(list).and_then(Value::as_array_mut) else { continue };
+        for container in containers {
+            let named = new.get(list).and_then(Value::as_array);
+            let Some(other) = named.into_iter().flatten().find(|c| c["name"] == container["name"]) else { continue };
+            for key in ["resources", "resizePolicy"] {
+                match other.get(key) {
+                    Some(value) => container[key] = value.clone(),
+                    None => {
+                        if let Some(fields) = container.as_object_mut() {
+                            fields.remove(key);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    if let Some(resources) = new.get("resources") {
+        spec["resources"] = resources.clone();
     }
 }
 

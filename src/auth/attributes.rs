@@ -1,6 +1,7 @@
 //! What a caller asks for, as authorization sees it.
 
 use super::UserInfo;
+use crate::apiserver::fields::FieldSelector;
 
 /// One request in the terms of `SubjectAccessReview`: a verb on a resource, or a verb on a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,12 +21,21 @@ pub struct Attributes<'a> {
     /// The URL path of a request that is not for a resource.
     pub path: &'a str,
     pub is_resource: bool,
+    /// The `fieldSelector` of a list, watch or deletecollection as sent (decoded), else empty: a node may list the pods with
+    /// `spec.nodeName=<itself>`.
+    pub field_selector: &'a str,
 }
 
 impl Attributes<'_> {
     /// Whether the request only reads, in upstream's sense (`get`, `list`, `watch`).
     pub fn is_read_only(&self) -> bool {
         matches!(self.verb, "get" | "list" | "watch")
+    }
+
+    /// Whether the field selector demands that `field` equals `value`.
+    pub fn selects_field(&self, field: &str, value: &str) -> bool {
+        !self.field_selector.is_empty()
+            && FieldSelector::parse(self.field_selector).is_ok_and(|selector| selector.exact(field) == Some(value))
     }
 
     /// Upstream's sentence for a refused request, without the reason of the authorizer, e.g.

@@ -1,17 +1,45 @@
 //! Who is calling and what they may do.
 //!
 //! # Layout
+//! In the order a request meets them:
 //!
-//! | file | what it holds |
+//! | module | what it holds |
 //! | --- | --- |
+//! | [`pki`] | authorities, leaves, sealed keys, join tokens, kubeconfigs |
+//! | [`authn`] | [`Authenticator`]: credentials to [`Identity`] |
+//! | [`x509`] | client certificates |
+//! | [`service_account`], [`jwt`] | service-account tokens and their form |
+//! | [`bootstrap_token`] | tokens for joining machines |
+//! | [`impersonation`] | acting as somebody else |
 //! | [`identity`] | [`UserInfo`] and [`Identity`], the request extension that only authentication can make |
 //! | [`attributes`] | [`Attributes`] of a request, [`Decision`], upstream's forbidden texts |
 //! | [`authorizer`] | [`Authorizer`]: the chain of authorizers |
+//! | [`node`] | the node authorizer |
+//! | [`rbac`] | roles, bindings, the bootstrap policy |
+//! | [`live`], [`objects`] | how all of them read the store |
+//!
+//! # Tasks
+//! | task | owns | starts | ends |
+//! | --- | --- | --- | --- |
+//! | [`pki::ServerLeaf::keep_fresh`] | the serving certificate | with the listener | with the server |
 
 pub mod attributes;
+pub mod authn;
 pub mod authorizer;
+pub mod bootstrap_token;
 pub mod identity;
+pub mod impersonation;
+pub mod jwt;
+pub mod live;
+pub mod node;
+pub mod objects;
+pub mod pki;
+pub mod rbac;
+pub mod service_account;
+pub mod x509;
 
 pub use attributes::{Attributes, Decision};
+pub use authn::{Authenticator, PeerCertificate};
 pub use authorizer::Authorizer;
 pub use identity::{Identity, UserInfo};
+pub use service_account::ServiceAccountTokens;

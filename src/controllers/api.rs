@@ -113,7 +113,8 @@ pub enum PatchKind {
 }
 
 impl PatchKind {
-    fn media_type(self) -> &'static str {
+    /// The `Content-Type` of such a patch.
+    pub fn media_type(self) -> &'static str {
         match self {
             PatchKind::Merge => "application/merge-patch+json",
             PatchKind::Strategic => "application/strategic-merge-patch+json",

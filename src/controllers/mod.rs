@@ -39,9 +39,16 @@ pub mod runner;
 pub mod selector;
 pub mod template;
 
+mod backend;
 mod deployment;
+pub mod discovery;
+mod endpoint;
+mod endpointslice;
+mod garbage;
+mod namespace;
 mod replicaset;
 mod rollout;
+mod serviceaccount;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -53,6 +60,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::api::Api;
+use self::discovery::Discovery;
 use self::event::Recorder;
 use self::informer::Informers;
 use self::runner::Controller;
@@ -155,6 +163,12 @@ fn begin_term(context: &Context) -> Term {
     let term = Term { context: context.clone(), informers, recorder, cancel, tasks };
     deployment::start(&term);
     replicaset::start(&term);
+    endpointslice::start(&term);
+    endpoint::start(&term);
+    serviceaccount::start(&term);
+    let discovery = Discovery::new(term.api_as(INFORMER_USER));
+    namespace::start(&term, &discovery);
+    garbage::start(&term, &discovery);
     crate::scheduler::start(&term);
     term
 }

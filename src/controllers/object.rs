@@ -59,12 +59,14 @@ impl fmt::Debug for Key {
 }
 
 /// What became of a pod, without decoding it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodFacts {
     /// Condition `Ready` is `True`.
     pub ready: bool,
     /// Since when the condition has its status, seconds since the epoch.
     pub ready_since: i64,
+    /// `status.podIP`.
+    pub ip: Option<Box<str>>,
 }
 
 /// A cached object.
@@ -160,10 +162,9 @@ pub fn parse(resource: &Resource, json: &[u8], metadata_only: bool) -> Result<Ob
     }
     if let Some(status) = raw.status {
         object.phase = status.phase.filter(|phase| !phase.is_empty()).map(|phase| phase.into_owned().into());
-        if resource.kind == "Pod"
-            && let Some(conditions) = status.conditions
-        {
-            object.pod = pod_facts(conditions.get());
+        if resource.kind == "Pod" {
+            object.pod = status.conditions.map(|conditions| pod_facts(conditions.get())).unwrap_or_default();
+            object.pod.ip = status.pod_ip.filter(|ip| !ip.is_empty()).map(|ip| ip.into_owned().into());
         }
     }
     Ok(object)
@@ -174,6 +175,7 @@ fn pod_facts(conditions: &str) -> PodFacts {
     conditions.iter().find(|condition| condition.kind == "Ready").map_or_else(PodFacts::default, |condition| PodFacts {
         ready: condition.status == "True",
         ready_since: condition.last_transition_time.map_or(0, Timestamp::as_second),
+        ip: None,
     })
 }
 
@@ -250,6 +252,8 @@ struct RawSpec<'a> {
 
 #[derive(Deserialize)]
 struct RawStatus<'a> {
+    #[serde(borrow, default, rename = "podIP")]
+    pod_ip: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     phase: Option<Cow<'a, str>>,
     #[serde(borrow, default)]

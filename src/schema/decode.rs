@@ -6,13 +6,15 @@ use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
 
 use super::node::{Schema, TypeId};
-use super::{syntax, typed, yaml};
+use super::{proto, syntax, typed, yaml};
 
 /// How a body is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Json,
     Yaml,
+    /// `application/vnd.kubernetes.protobuf`; it has no unknown fields to report.
+    Protobuf,
 }
 
 /// The `fieldValidation` query parameter.
@@ -83,6 +85,7 @@ pub fn decode(
         |cause: String| DecodeError::Unrecognized { wanted: expected.kind.to_owned(), cause, summary: summary(body) };
     let strict = validation != FieldValidation::Ignore;
     let document = match format {
+        Format::Protobuf => return protobuf(schema, expected, body, unrecognized),
         Format::Json => Document::Json(body),
         Format::Yaml => {
             let (value, duplicates) = yaml::to_json(body).map_err(unrecognized)?;
@@ -105,11 +108,32 @@ pub fn decode(
         return Err(meta.unusable(expected, cause));
     }
     meta.check_version(expected)?;
-    if let Value::Object(map) = &mut value {
+    name_kind(&mut value, expected);
+    Ok(Decoded { value, warnings: findings.strict })
+}
+
+fn protobuf(
+    schema: &Schema,
+    expected: &Expected<'_>,
+    body: &[u8],
+    unrecognized: impl Fn(String) -> DecodeError,
+) -> Result<Decoded, DecodeError> {
+    let unknown = proto::open(body).map_err(|e| unrecognized(e.to_string()))?;
+    let meta = Meta { api_version: unknown.api_version, kind: unknown.kind };
+    let meta = meta.with_defaults(expected).map_err(&unrecognized)?;
+    meta.check(schema, expected)?;
+    let value = proto::decode(schema, expected.node, unknown.raw);
+    let mut value = value.map_err(|e| meta.unusable(expected, e.to_string()))?;
+    meta.check_version(expected)?;
+    name_kind(&mut value, expected);
+    Ok(Decoded { value, warnings: Vec::new() })
+}
+
+fn name_kind(value: &mut Value, expected: &Expected<'_>) {
+    if let Value::Object(map) = value {
         map.insert("apiVersion".to_owned(), Value::String(api_version(expected.group, expected.version)));
         map.insert("kind".to_owned(), Value::String(expected.kind.to_owned()));
     }
-    Ok(Decoded { value, warnings: findings.strict })
 }
 
 /// `v1`, `apps/v1`
@@ -188,6 +212,9 @@ impl Gvk {
 
     /// Another kind than expected: unknown ones and known ones have their own texts.
     fn check(&self, schema: &Schema, expected: &Expected<'_>) -> Result<(), DecodeError> {
+        if self.everywhere(expected) {
+            return Ok(());
+        }
         if self.kind == expected.kind && self.group == expected.group {
             let known =
                 self.version == expected.version || schema.by_gvk(&self.group, &self.version, &self.kind).is_some();
@@ -210,7 +237,15 @@ impl Gvk {
         Err(self.unusable(expected, cause))
     }
 
+    /// `DeleteOptions` are of every group and version.
+    fn everywhere(&self, expected: &Expected<'_>) -> bool {
+        self.kind == "DeleteOptions" && expected.kind == self.kind
+    }
+
     fn check_version(&self, expected: &Expected<'_>) -> Result<(), DecodeError> {
+        if self.everywhere(expected) {
+            return Ok(());
+        }
         if self.version == expected.version && self.group == expected.group {
             return Ok(());
         }

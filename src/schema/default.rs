@@ -41,7 +41,8 @@ fn structure(schema: &Schema, id: TypeId, map: &mut Map<String, Value>) {
         if let Some(default) = schema.field_default(field) {
             let name = schema.field_name(field);
             let set = map.get(name).is_some_and(|v| !typed::is_zero(schema, field, v));
-            if !set {
+            // A default that Go would not write (`+default=""`) is only shown in OpenAPI.
+            if !set && !typed::unset(schema, field, default) {
                 map.insert(name.to_owned(), default.clone());
             }
         }

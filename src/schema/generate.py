@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes table.txt (all API types of Kubernetes 1.35) and descriptions.txt.zst from published sources.
+"""Writes table.txt (all API types of Kubernetes 1.35) and openapi/descriptions.txt.gz from published sources.
 
     python3 src/schema/generate.py            # reads ~/go/pkg/mod, fetched by `go mod download MODULE@VERSION`
 
@@ -22,13 +22,14 @@ Table format, one line each (see table.rs for the reader):
    NAME TYPE FLAGS [#TAG] [list=..] [map=..] [patch=..] [=DEFAULT] [:=DEFAULT]
    + TYPE #TAG                          an embedded struct whose fields are spliced in; TAG is its protobuf field
 
-  TYPE     string bool int32 int64 float64 bytes time microtime duration quantity intstr raw any fields, an alias, a struct,
+  TYPE     string bool int32 int64 float64 bytes time microtime quantity intstr raw any fields, an alias, a struct,
+           orbool orarray orstrings (a JSONSchemaProps or a boolean, a list of them, a list of strings),
            [TYPE] list, {TYPE} map by string, *TYPE pointer
   FLAGS    ? omitempty   0 omitzero   ! required   - neither
   list=    map:KEY,KEY | set | atomic      map= atomic | granular      patch= STRATEGY[,STRATEGY][:MERGEKEY]
   =        default that OpenAPI shows and the server sets       :=  default that only the server sets
 """
-import glob, hashlib, json, os, re, sys
+import glob, gzip, hashlib, json, os, re, sys
 
 MODCACHE = os.path.join(os.environ.get("GOMODCACHE", os.path.expanduser("~/go/pkg/mod")), "k8s.io")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -48,13 +49,11 @@ SPECIAL = {
     "io.k8s.apimachinery.pkg.runtime.RawExtension": "raw",
     META + ".Time": "time",
     META + ".MicroTime": "microtime",
-    META + ".Duration": "duration",
     META + ".FieldsV1": "fields",
     "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrBool": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrArray": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrStringArray": "any",
-    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceSubresourceStatus": "any",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrBool": "orbool",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrArray": "orarray",
+    "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaPropsOrStringArray": "orstrings",
 }
 SCALARS = {"string": "string", "bool": "bool", "int32": "int32", "int64": "int64", "int": "int64", "uint32": "int64",
            "float64": "float64", "byte": "byte", "interface{}": "any"}
@@ -294,8 +293,11 @@ class Writer:
             line += " patch=" + p["x-kubernetes-patch-strategy"]
             if p.get("x-kubernetes-patch-merge-key"):
                 line += ":" + p["x-kubernetes-patch-merge-key"]
-        if p.get("default") not in (None, "", 0, {}, False) or p.get("default") is not None and f["go"][0] == "*":
-            line += " =" + json.dumps(p["default"])
+        default = p.get("default")
+        # The generator of OpenAPI shows the zero value of what Go always writes: that follows from the flags.
+        implied = default in ("", 0, {}, False) and f["go"][0] != "*" and ("omitempty" not in f["options"] or default == {})
+        if default is not None and not implied:
+            line += " =" + json.dumps(default)
         own = static.pop((self.name(full, ""), f["name"]), None)
         if own and " =" not in line:
             line += " :=" + own
@@ -343,12 +345,27 @@ def static_defaults():
     return result
 
 
+def write_descriptions(schemas):
+    """`=NAME TEXT` for a type, `FIELD TEXT` for its fields; backslash and newline escaped. Read it with zcat."""
+    escape = lambda text: text.replace("\\", "\\\\").replace("\n", "\\n")
+    lines = []
+    for name in sorted(schemas):
+        schema = schemas[name]
+        lines.append(("=" + name + " " + escape(schema.get("description", ""))).rstrip())
+        for field, p in sorted(schema.get("properties", {}).items()):
+            if p.get("description"):
+                lines.append(field + " " + escape(p["description"]))
+    with open(os.path.join(HERE, "openapi", "descriptions.txt.gz"), "wb") as f:
+        f.write(gzip.compress(("\n".join(lines) + "\n").encode(), 9, mtime=0))
+
+
 def main():
     schemas = openapi_schemas()
     lines = Writer(schemas).table(static_defaults())
     with open(os.path.join(HERE, "table.txt"), "w") as f:
         f.write("# Written by generate.py from Kubernetes 1.35.4; the format is described there. Do not edit.\n")
         f.write("\n".join(lines) + "\n")
+    write_descriptions(schemas)
     if "--repin" in sys.argv:
         print(json.dumps(PINS, indent=4))
 

@@ -17,6 +17,8 @@
 //! | [`typed`] | the walk under it: what Go's decoder and encoder make of a value of a type |
 //! | [`quantity`], [`time`] | scalars with a canonical form |
 //! | [`default`] | static defaults of the table and the conditional ones |
+//! | [`proto`] | protobuf bodies to values and back |
+//! | [`openapi`] | OpenAPI v3 documents |
 //! | [`managed`] | managed fields on every write, server-side apply |
 //! | [`patch`] | JSON patch, merge patch, strategic merge patch |
 //!
@@ -29,7 +31,9 @@ mod generic;
 mod hooks;
 pub mod managed;
 pub mod node;
+pub mod openapi;
 pub mod patch;
+pub mod proto;
 pub mod quantity;
 mod syntax;
 pub mod table;

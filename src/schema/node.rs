@@ -35,6 +35,12 @@ pub enum Kind {
     Raw,
     /// Any JSON value.
     Any,
+    /// `JSONSchemaPropsOrBool`; `item` is the schema type, as in the next two.
+    SchemaOrBool,
+    /// `JSONSchemaPropsOrArray`
+    SchemaOrArray,
+    /// `JSONSchemaPropsOrStringArray`
+    SchemaOrStrings,
     /// `metav1.FieldsV1`: an object that is kept as it is.
     Fields,
     Struct,
@@ -60,6 +66,9 @@ impl Kind {
             Kind::Raw => "runtime.RawExtension",
             Kind::Any => "interface {}",
             Kind::Fields => "v1.FieldsV1",
+            Kind::SchemaOrBool => "v1.JSONSchemaPropsOrBool",
+            Kind::SchemaOrArray => "v1.JSONSchemaPropsOrArray",
+            Kind::SchemaOrStrings => "v1.JSONSchemaPropsOrStringArray",
             Kind::Struct | Kind::List | Kind::Map => "",
         }
     }
@@ -123,6 +132,8 @@ pub struct Field {
     /// Go leaves it out when it is the zero value, structs included.
     pub omit_zero: bool,
     pub patch: PatchStrategy,
+    /// The schema says that the list is atomic; without it that is only assumed.
+    pub atomic_list: bool,
     /// OpenAPI shows the default.
     pub default_public: bool,
     pub(super) default: Option<u32>,

@@ -50,7 +50,8 @@ struct Reader {
     named: HashMap<(&'static str, &'static str), TypeId>,
     scalars: HashMap<&'static str, TypeId>,
     shapes: HashMap<Shape, TypeId>,
-    atomic_copies: HashMap<TypeId, TypeId>,
+    /// Structs that a field declares atomic, or granular, against their type.
+    overridden: HashMap<TypeId, TypeId>,
     embeds: Vec<Embed>,
     /// Direct fields of each struct, in the order of the table.
     own: Vec<(TypeId, Vec<Field>)>,
@@ -65,7 +66,7 @@ impl Reader {
             named: HashMap::with_capacity(1024),
             scalars: HashMap::new(),
             shapes: HashMap::with_capacity(512),
-            atomic_copies: HashMap::new(),
+            overridden: HashMap::new(),
             embeds: Vec::new(),
             own: Vec::with_capacity(800),
         };
@@ -125,6 +126,13 @@ impl Reader {
                     for word in words {
                         self.struct_attribute(line, id, word)?;
                     }
+                }
+            }
+        }
+        if let Some(props) = self.named.get(&("apiextensions/v1", "JSONSchemaProps")).copied() {
+            for word in ["orbool", "orarray", "orstrings"] {
+                if let Some(id) = self.scalars.get(word).copied() {
+                    self.node_mut(id).item = props;
                 }
             }
         }
@@ -240,7 +248,7 @@ impl Reader {
             } else if let Some(list) = word.strip_prefix("list=") {
                 attributes.list = Some(list);
             } else if let Some(map) = word.strip_prefix("map=") {
-                attributes.atomic_map = map == "atomic";
+                attributes.atomic_map = Some(map == "atomic");
             } else if let Some(strategy) = word.strip_prefix("patch=") {
                 let (names, key) = strategy.split_once(':').unwrap_or((strategy, &strategy[..0]));
                 patch = patch_strategy(names);
@@ -262,6 +270,7 @@ impl Reader {
             omit_empty: flags.contains('?'),
             omit_zero: flags.contains('0'),
             patch,
+            atomic_list: attributes.list == Some("atomic"),
             default_public,
             default,
         };
@@ -289,13 +298,16 @@ impl Reader {
             }
             Some(b'{') => {
                 let (item, _) = self.resolve(line, package, bracketed, Attributes::default())?;
-                self.shape((Kind::Map, item, ListType::Atomic, Text::default(), attributes.atomic_map))
+                let atomic = attributes.atomic_map.unwrap_or(false);
+                self.shape((Kind::Map, item, ListType::Atomic, Text::default(), atomic))
             }
             _ => self.name(line, package, text)?,
         };
         let kind = self.schema.kind(id);
-        if attributes.atomic_map && kind == Kind::Struct && !self.schema.node(id).atomic {
-            return Ok((self.atomic_copy(id), pointer));
+        if let (Some(atomic), Kind::Struct) = (attributes.atomic_map, kind) {
+            if atomic != self.schema.node(id).atomic {
+                return Ok((self.overridden(id, atomic), pointer));
+            }
         }
         if let (Kind::List, Some(list), false) = (kind, attributes.list, text.starts_with('[')) {
             // A named list type whose field says how items are told apart.
@@ -342,16 +354,16 @@ impl Reader {
         id
     }
 
-    /// A struct that one field declares atomic although its type is not. Its field range is filled in by `finish`.
-    fn atomic_copy(&mut self, id: TypeId) -> TypeId {
-        if let Some(copy) = self.atomic_copies.get(&id) {
+    /// A struct that one field declares atomic or granular against its type. `finish` fills in its fields.
+    fn overridden(&mut self, id: TypeId, atomic: bool) -> TypeId {
+        if let Some(copy) = self.overridden.get(&id) {
             return *copy;
         }
         let copy = TypeId(self.schema.nodes.len() as u32);
         let mut node = self.schema.node(id).clone();
-        node.atomic = true;
+        node.atomic = atomic;
         self.schema.nodes.push(node);
-        self.atomic_copies.insert(id, copy);
+        self.overridden.insert(id, copy);
         copy
     }
 
@@ -374,7 +386,7 @@ impl Reader {
             let end = self.schema.fields.len() as u32;
             self.node_mut(id).fields = start..end;
         }
-        for (id, copy) in std::mem::take(&mut self.atomic_copies) {
+        for (id, copy) in std::mem::take(&mut self.overridden) {
             self.node_mut(copy).fields = self.schema.node(id).fields.clone();
         }
         let mut schema = self.schema;
@@ -406,7 +418,7 @@ impl Reader {
 #[derive(Clone, Copy, Default)]
 struct Attributes {
     list: Option<&'static str>,
-    atomic_map: bool,
+    atomic_map: Option<bool>,
 }
 
 const SCALARS: &[(&str, Kind)] = &[
@@ -422,6 +434,9 @@ const SCALARS: &[(&str, Kind)] = &[
     ("intstr", Kind::IntOrString),
     ("raw", Kind::Raw),
     ("any", Kind::Any),
+    ("orbool", Kind::SchemaOrBool),
+    ("orarray", Kind::SchemaOrArray),
+    ("orstrings", Kind::SchemaOrStrings),
     ("fields", Kind::Fields),
 ];
 
@@ -506,10 +521,14 @@ mod tests {
     }
 
     #[test]
-    fn a_field_can_make_a_type_atomic() {
+    fn a_field_can_override_how_a_type_is_owned() {
         let schema = builtin();
         let selector = schema.by_name("io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelector").unwrap();
         assert!(schema.node(selector).atomic);
+        let volume = schema.by_name("io.k8s.api.core.v1.PersistentVolumeSpec").unwrap();
+        let claim = schema.field(volume, "claimRef").unwrap().node;
+        assert!(!schema.node(claim).atomic && !schema.fields(claim).is_empty());
+        assert!(schema.node(schema.by_name("io.k8s.api.core.v1.ObjectReference").unwrap()).atomic);
         assert!(schema.by_name("io.k8s.api.core.v1.NoSuchThing").is_none());
     }
 

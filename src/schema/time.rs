@@ -18,6 +18,16 @@ pub fn canonical_micro(text: &str) -> Result<String, String> {
     Ok(format(&parsed, true))
 }
 
+/// Seconds since 1970 and microseconds of a stored time.
+pub(super) fn epoch(text: &str) -> Option<(i64, u32)> {
+    parse(text, LAYOUT).ok().map(|p| (p.seconds, p.micros))
+}
+
+/// The stored spelling of seconds since 1970, with microseconds if given.
+pub(super) fn from_epoch(seconds: i64, micros: Option<u32>) -> String {
+    format(&Parsed { seconds, micros: micros.unwrap_or(0) }, micros.is_some())
+}
+
 struct Parsed {
     /// Seconds since 1970, UTC.
     seconds: i64,

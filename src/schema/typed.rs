@@ -70,7 +70,7 @@ pub fn zero(schema: &Schema, id: TypeId) -> Value {
 }
 
 /// Writes the fields that Go always writes and that are not there.
-fn fill(schema: &Schema, id: TypeId, map: &mut Map<String, Value>) {
+pub(super) fn fill(schema: &Schema, id: TypeId, map: &mut Map<String, Value>) {
     for field in schema.fields(id) {
         if field.always(schema.kind(field.node)) {
             let name = schema.field_name(field);
@@ -198,6 +198,9 @@ impl<'de> DeserializeSeed<'de> for Seed<'_, '_> {
     fn deserialize<D: Deserializer<'de>>(self, source: D) -> Result<Value, D::Error> {
         match self.walk.schema.kind(self.node) {
             Kind::Any | Kind::Raw | Kind::Fields => Value::deserialize(source),
+            Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings => {
+                self.alternatives(Value::deserialize(source)?)
+            }
             _ => source.deserialize_any(self),
         }
     }
@@ -206,6 +209,24 @@ impl<'de> DeserializeSeed<'de> for Seed<'_, '_> {
 impl Seed<'_, '_> {
     fn kind(&self) -> Kind {
         self.walk.schema.kind(self.node)
+    }
+
+    /// A JSON schema or what may stand for one. Upstream decodes these loosely: what is unknown below them is not reported.
+    fn alternatives<E: serde::de::Error>(&self, value: Value) -> Result<Value, E> {
+        let schema = self.walk.schema;
+        let props = schema.node(self.node).item;
+        let one = |value: Value| normalize(schema, props, value).map_err(|e| self.walk.fatal(e));
+        match (self.kind(), value) {
+            (_, Value::Null) => Ok(Value::Null),
+            (_, value @ Value::Object(_)) => one(value),
+            (Kind::SchemaOrBool, value @ Value::Bool(_)) => Ok(value),
+            (Kind::SchemaOrBool, _) => Err(self.walk.fatal("boolean or JSON schema expected".to_owned())),
+            (Kind::SchemaOrArray, Value::Array(items)) => items.into_iter().map(one).collect(),
+            (Kind::SchemaOrStrings, Value::Array(items)) if items.iter().all(Value::is_string) => {
+                Ok(Value::Array(items))
+            }
+            (_, other) => self.mismatch(super::decode::json_type(&other)),
+        }
     }
 
     /// A value of another JSON type than the node wants. `found` is Go's name of the JSON type.

@@ -13,14 +13,27 @@ use super::Settings;
 pub const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-node-lease"];
 
 /// Makes what is missing and points the Service at this server. Repeatable.
-pub async fn ensure(client: &kube::Client, settings: &Settings, advertise: IpAddr, service_ip: IpAddr) -> anyhow::Result<()> {
+pub async fn ensure(
+    client: &kube::Client,
+    settings: &Settings,
+    advertise: IpAddr,
+    service_ip: IpAddr,
+) -> anyhow::Result<()> {
     for name in NAMESPACES {
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         create(client, "/api/v1/namespaces", object).await?;
     }
     for (name, value, what) in [
-        ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their current node."),
-        ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+        (
+            "system-node-critical",
+            2_000_001_000,
+            "Used for system critical pods that must not be moved from their current node.",
+        ),
+        (
+            "system-cluster-critical",
+            2_000_000_000,
+            "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+        ),
     ] {
         let object = json!({
             "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name},

@@ -96,11 +96,14 @@ fn prepare_secret(new: &mut Value, old: Option<&Value>) {
 
 fn secret(object: &Value) -> ErrorList {
     let mut errors = ErrorList::new();
-    let decoded = |key: &str| object["data"].get(key).and_then(Value::as_str).map(|v| STANDARD.decode(v).unwrap_or_default());
+    let decoded =
+        |key: &str| object["data"].get(key).and_then(Value::as_str).map(|v| STANDARD.decode(v).unwrap_or_default());
     let mut size = 0;
     if let Some(data) = object["data"].as_object() {
         for (key, value) in data {
-            errors.extend(config_key(key).into_iter().map(|f| FieldError::invalid(format!("data[{key}]"), key.as_str(), f)));
+            errors.extend(
+                config_key(key).into_iter().map(|f| FieldError::invalid(format!("data[{key}]"), key.as_str(), f)),
+            );
             size += value.as_str().map_or(0, |v| v.len() / 4 * 3);
         }
     }
@@ -192,7 +195,10 @@ mod tests {
     fn an_immutable_one_stays() {
         let old = json!({"immutable": true, "data": {"a": "1"}});
         let new = json!({"immutable": true, "data": {"a": "2"}});
-        assert_eq!(texts(&frozen(&new, &old, &["data"])), ["data: Forbidden: field is immutable when `immutable` is set"]);
+        assert_eq!(
+            texts(&frozen(&new, &old, &["data"])),
+            ["data: Forbidden: field is immutable when `immutable` is set"]
+        );
         assert!(frozen(&old, &old, &["data"]).is_empty());
     }
 

@@ -123,9 +123,19 @@ pub static VOLUME: Strategy = Strategy {
         if new.pointer("/spec/capacity/storage").is_none() {
             errors.push(FieldError::required("spec.capacity", ""));
         }
-        let common = ["accessModes", "capacity", "claimRef", "mountOptions", "nodeAffinity", "persistentVolumeReclaimPolicy",
-            "storageClassName", "volumeAttributesClassName", "volumeMode"];
-        let sources = new["spec"].as_object().map_or(0, |spec| spec.keys().filter(|k| !common.contains(&k.as_str())).count());
+        let common = [
+            "accessModes",
+            "capacity",
+            "claimRef",
+            "mountOptions",
+            "nodeAffinity",
+            "persistentVolumeReclaimPolicy",
+            "storageClassName",
+            "volumeAttributesClassName",
+            "volumeMode",
+        ];
+        let sources =
+            new["spec"].as_object().map_or(0, |spec| spec.keys().filter(|k| !common.contains(&k.as_str())).count());
         match sources {
             0 => errors.push(FieldError::required("spec", "must specify a volume type")),
             1 => {}
@@ -142,7 +152,9 @@ pub static BUDGET: Strategy = Strategy {
         new["status"] = json!({"disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 0, "expectedPods": 0});
     },
     validate_create: |_, new| budget(&new["spec"]),
-    validate_update: |context, new, _| if context.subresource.is_empty() { budget(&new["spec"]) } else { ErrorList::new() },
+    validate_update: |context, new, _| {
+        if context.subresource.is_empty() { budget(&new["spec"]) } else { ErrorList::new() }
+    },
     generation: true,
     unconditional_update: false,
     ..Strategy::DEFAULT
@@ -163,7 +175,9 @@ fn budget(spec: &Value) -> ErrorList {
 /// HorizontalPodAutoscalers.
 pub static AUTOSCALER: Strategy = Strategy {
     validate_create: |_, new| autoscaler(&new["spec"]),
-    validate_update: |context, new, _| if context.subresource.is_empty() { autoscaler(&new["spec"]) } else { ErrorList::new() },
+    validate_update: |context, new, _| {
+        if context.subresource.is_empty() { autoscaler(&new["spec"]) } else { ErrorList::new() }
+    },
     ..Strategy::DEFAULT
 };
 
@@ -194,7 +208,8 @@ mod tests {
     fn budgets_and_claims_say_what_is_wrong() {
         let errors = budget(&json!({"minAvailable": 1, "maxUnavailable": "10x"}));
         assert_eq!(errors.len(), 2);
-        let texts: Vec<String> = claim(&json!({"spec": {"accessModes": ["X"]}})).iter().map(ToString::to_string).collect();
+        let texts: Vec<String> =
+            claim(&json!({"spec": {"accessModes": ["X"]}})).iter().map(ToString::to_string).collect();
         assert!(texts[0].starts_with("spec.accessModes: Unsupported value: \"X\""), "{texts:?}");
         assert_eq!(texts[1], "spec.resources[storage]: Required value");
     }

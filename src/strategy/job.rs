@@ -40,7 +40,9 @@ pub static CRON_JOB: Strategy = Strategy {
         }
     },
     validate_create: |context, new| cron_job(context, new),
-    validate_update: |context, new, _| if context.subresource.is_empty() { cron_job(context, new) } else { ErrorList::new() },
+    validate_update: |context, new, _| {
+        if context.subresource.is_empty() { cron_job(context, new) } else { ErrorList::new() }
+    },
     generation: true,
     ..Strategy::DEFAULT
 };
@@ -90,8 +92,13 @@ fn spec(context: &Context<'_>, spec: &Value, field: &str) -> ErrorList {
     let mut errors = ErrorList::new();
     let at = |name: &str| format!("{field}.{name}");
     for key in [
-        "parallelism", "completions", "activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished",
-        "backoffLimitPerIndex", "maxFailedIndexes",
+        "parallelism",
+        "completions",
+        "activeDeadlineSeconds",
+        "backoffLimit",
+        "ttlSecondsAfterFinished",
+        "backoffLimitPerIndex",
+        "maxFailedIndexes",
     ] {
         if let Some(n) = spec[key].as_i64().filter(|n| *n < 0) {
             errors.push(FieldError::invalid(at(key), n, NOT_NEGATIVE));
@@ -109,7 +116,11 @@ fn spec(context: &Context<'_>, spec: &Value, field: &str) -> ErrorList {
             if let (Some(max), Some(all)) = (int(spec, "/maxFailedIndexes"), int(spec, "/completions"))
                 && max > all
             {
-                errors.push(FieldError::invalid(at("maxFailedIndexes"), max, "must be less than or equal to completions"));
+                errors.push(FieldError::invalid(
+                    at("maxFailedIndexes"),
+                    max,
+                    "must be less than or equal to completions",
+                ));
             }
         }
         "" | "NonIndexed" => {
@@ -119,7 +130,11 @@ fn spec(context: &Context<'_>, spec: &Value, field: &str) -> ErrorList {
                 }
             }
             if !spec["successPolicy"].is_null() {
-                errors.push(FieldError::invalid(at("successPolicy"), spec["successPolicy"].clone(), "requires indexed completion mode"));
+                errors.push(FieldError::invalid(
+                    at("successPolicy"),
+                    spec["successPolicy"].clone(),
+                    "requires indexed completion mode",
+                ));
             }
         }
         other => errors.push(FieldError::not_supported(at("completionMode"), other, &["Indexed", "NonIndexed"])),
@@ -151,7 +166,8 @@ fn update(context: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
     if is["completions"] != was["completions"] && !elastic {
         errors.push(immutable("completions"));
     }
-    for key in ["selector", "completionMode", "podFailurePolicy", "backoffLimitPerIndex", "managedBy", "successPolicy"] {
+    for key in ["selector", "completionMode", "podFailurePolicy", "backoffLimitPerIndex", "managedBy", "successPolicy"]
+    {
         if is[key] != was[key] {
             errors.push(immutable(key));
         }
@@ -188,7 +204,10 @@ fn cron_job(context: &Context<'_>, object: &Value) -> ErrorList {
         errors.push(FieldError::invalid("spec.schedule", schedule, text));
     } else if !schedule.starts_with('@') && schedule.split_whitespace().count() != 5 {
         let found = schedule.split_whitespace().count();
-        let text = format!("expected exactly 5 fields, found {found}: [{}]", schedule.split_whitespace().collect::<Vec<_>>().join(" "));
+        let text = format!(
+            "expected exactly 5 fields, found {found}: [{}]",
+            schedule.split_whitespace().collect::<Vec<_>>().join(" ")
+        );
         errors.push(FieldError::invalid("spec.schedule", schedule, text));
     }
     for key in ["startingDeadlineSeconds", "successfulJobsHistoryLimit", "failedJobsHistoryLimit"] {
@@ -199,11 +218,17 @@ fn cron_job(context: &Context<'_>, object: &Value) -> ErrorList {
     match text(spec_of, "/concurrencyPolicy") {
         "" => errors.push(FieldError::required("spec.concurrencyPolicy", "")),
         "Allow" | "Forbid" | "Replace" => {}
-        other => errors.push(FieldError::not_supported("spec.concurrencyPolicy", other, &["Allow", "Forbid", "Replace"])),
+        other => {
+            errors.push(FieldError::not_supported("spec.concurrencyPolicy", other, &["Allow", "Forbid", "Replace"]))
+        }
     }
     errors.extend(spec(context, &spec_of["jobTemplate"]["spec"], "spec.jobTemplate.spec"));
     if object["metadata"]["name"].as_str().is_some_and(|name| name.len() > 52) {
-        errors.push(FieldError::invalid("metadata.name", object["metadata"]["name"].clone(), "must be no more than 52 characters"));
+        errors.push(FieldError::invalid(
+            "metadata.name",
+            object["metadata"]["name"].clone(),
+            "must be no more than 52 characters",
+        ));
     }
     errors
 }

@@ -35,7 +35,9 @@ pub static REPLICATION_CONTROLLER: Strategy = Strategy {
     prepare_create: prepare_rc,
     prepare_update,
     validate_create: replication_controller,
-    validate_update: |context, new, _| if context.subresource.is_empty() { replication_controller(context, new) } else { status_counts(new) },
+    validate_update: |context, new, _| {
+        if context.subresource.is_empty() { replication_controller(context, new) } else { status_counts(new) }
+    },
     generation: true,
     ..Strategy::DEFAULT
 };
@@ -44,7 +46,13 @@ pub static DAEMON_SET: Strategy = Strategy {
     prepare_create,
     prepare_update,
     validate_create: daemon_set,
-    validate_update: |context, new, old| if context.subresource.is_empty() { with_immutable_selector(daemon_set(context, new), new, old) } else { status_counts(new) },
+    validate_update: |context, new, old| {
+        if context.subresource.is_empty() {
+            with_immutable_selector(daemon_set(context, new), new, old)
+        } else {
+            status_counts(new)
+        }
+    },
     generation: true,
     ..Strategy::DEFAULT
 };
@@ -122,7 +130,10 @@ pub(crate) fn label_selector(selector: &Value, field: &str) -> ErrorList {
                 errors.push(FieldError::required(at("values"), "must be specified when `operator` is 'In' or 'NotIn'"));
             }
             "Exists" | "DoesNotExist" if !values.is_empty() => {
-                errors.push(FieldError::forbidden(at("values"), "may not be specified when `operator` is 'Exists' or 'DoesNotExist'"));
+                errors.push(FieldError::forbidden(
+                    at("values"),
+                    "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
+                ));
             }
             "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
             other => errors.push(FieldError::invalid(at("operator"), other, "not a valid selector operator")),
@@ -164,7 +175,11 @@ fn selector_and_template(context: &Context<'_>, spec: &Value, kind: &str, restar
     } else {
         errors.extend(label_selector(selector, "spec.selector"));
         if is_empty_selector(selector) {
-            errors.push(FieldError::invalid("spec.selector", selector.clone(), format!("empty selector is invalid for {kind}")));
+            errors.push(FieldError::invalid(
+                "spec.selector",
+                selector.clone(),
+                format!("empty selector is invalid for {kind}"),
+            ));
         }
     }
     errors.extend(template(context, spec, selector, restart));
@@ -190,7 +205,10 @@ fn template(context: &Context<'_>, spec: &Value, selector: &Value, restart: &[&s
         errors.push(FieldError::not_supported("spec.template.spec.restartPolicy", policy, restart));
     }
     if restart == ["Always"] && int(template, "/spec/activeDeadlineSeconds").is_some() {
-        errors.push(FieldError::forbidden("spec.template.spec.activeDeadlineSeconds", "activeDeadlineSeconds in ReplicaSet is not Supported"));
+        errors.push(FieldError::forbidden(
+            "spec.template.spec.activeDeadlineSeconds",
+            "activeDeadlineSeconds in ReplicaSet is not Supported",
+        ));
     }
     errors
 }
@@ -213,7 +231,11 @@ fn deployment_create(context: &Context<'_>, new: &Value) -> ErrorList {
     if let Some(deadline) = int(spec, "/progressDeadlineSeconds") {
         not_negative(&mut errors, spec, "/progressDeadlineSeconds", "spec.progressDeadlineSeconds");
         if deadline <= int(spec, "/minReadySeconds").unwrap_or(0) {
-            errors.push(FieldError::invalid("spec.progressDeadlineSeconds", deadline, "must be greater than minReadySeconds"));
+            errors.push(FieldError::invalid(
+                "spec.progressDeadlineSeconds",
+                deadline,
+                "must be greater than minReadySeconds",
+            ));
         }
     }
     errors
@@ -247,7 +269,11 @@ fn strategy(strategy: &Value) -> ErrorList {
             }
             if is_zero(&rolling["maxUnavailable"]) && is_zero(&rolling["maxSurge"]) {
                 let text = "may not be 0 when `maxSurge` is 0";
-                errors.push(FieldError::invalid("spec.strategy.rollingUpdate.maxUnavailable", rolling["maxUnavailable"].clone(), text));
+                errors.push(FieldError::invalid(
+                    "spec.strategy.rollingUpdate.maxUnavailable",
+                    rolling["maxUnavailable"].clone(),
+                    text,
+                ));
             }
         }
         other => errors.push(FieldError::not_supported("spec.strategy.type", other, &["Recreate", "RollingUpdate"])),
@@ -338,10 +364,16 @@ fn daemon_set(context: &Context<'_>, new: &Value) -> ErrorList {
             }
             if is_zero(&rolling["maxUnavailable"]) && (rolling["maxSurge"].is_null() || is_zero(&rolling["maxSurge"])) {
                 let text = "cannot be 0 when maxSurge is 0";
-                errors.push(FieldError::invalid("spec.updateStrategy.rollingUpdate.maxUnavailable", rolling["maxUnavailable"].clone(), text));
+                errors.push(FieldError::invalid(
+                    "spec.updateStrategy.rollingUpdate.maxUnavailable",
+                    rolling["maxUnavailable"].clone(),
+                    text,
+                ));
             }
         }
-        other => errors.push(FieldError::not_supported("spec.updateStrategy.type", other, &["OnDelete", "RollingUpdate"])),
+        other => {
+            errors.push(FieldError::not_supported("spec.updateStrategy.type", other, &["OnDelete", "RollingUpdate"]))
+        }
     }
     not_negative(&mut errors, spec, "/revisionHistoryLimit", "spec.revisionHistoryLimit");
     errors
@@ -362,10 +394,19 @@ fn stateful_set(context: &Context<'_>, new: &Value) -> ErrorList {
         "" => errors.push(FieldError::required("spec.updateStrategy", "")),
         "OnDelete" if !spec["updateStrategy"]["rollingUpdate"].is_null() => {
             let text = "only allowed for updateStrategy 'RollingUpdate'";
-            errors.push(FieldError::invalid("spec.updateStrategy.rollingUpdate", spec["updateStrategy"]["rollingUpdate"].clone(), text));
+            errors.push(FieldError::invalid(
+                "spec.updateStrategy.rollingUpdate",
+                spec["updateStrategy"]["rollingUpdate"].clone(),
+                text,
+            ));
         }
         "OnDelete" => {}
-        "RollingUpdate" => not_negative(&mut errors, spec, "/updateStrategy/rollingUpdate/partition", "spec.updateStrategy.rollingUpdate.partition"),
+        "RollingUpdate" => not_negative(
+            &mut errors,
+            spec,
+            "/updateStrategy/rollingUpdate/partition",
+            "spec.updateStrategy.rollingUpdate.partition",
+        ),
         other => {
             let text = "must be 'RollingUpdate' or 'OnDelete'";
             errors.push(FieldError::invalid("spec.updateStrategy", json!({"type": other}), text));
@@ -380,7 +421,12 @@ fn stateful_set(context: &Context<'_>, new: &Value) -> ErrorList {
 
 /// What of a StatefulSet's spec may change.
 const STATEFUL_SET_MUTABLE: [&str; 7] = [
-    "replicas", "ordinals", "template", "updateStrategy", "revisionHistoryLimit", "persistentVolumeClaimRetentionPolicy",
+    "replicas",
+    "ordinals",
+    "template",
+    "updateStrategy",
+    "revisionHistoryLimit",
+    "persistentVolumeClaimRetentionPolicy",
     "minReadySeconds",
 ];
 

@@ -26,7 +26,9 @@ fn a_port_and_a_folder_have_one_server() {
     assert!(text.contains(&format!("in use by the server with pid")), "{text}");
     let other = tempfile::tempdir().unwrap();
     let mut command = server.host.command(binary());
-    command.args(["server", "--config=/dev/null", "--disable-agent", "--node-name=n2", "--data-dir"]).arg(other.path().join("data"));
+    command
+        .args(["server", "--config=/dev/null", "--disable-agent", "--node-name=n2", "--data-dir"])
+        .arg(other.path().join("data"));
     command.arg("--write-kubeconfig").arg(other.path().join("kubeconfig"));
     let third = command.output().unwrap();
     let text = String::from_utf8_lossy(&third.stderr).into_owned();

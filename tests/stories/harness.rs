@@ -14,7 +14,9 @@ macro_rules! assert_eventually {
             let last: Result<_, String> = $condition;
             match last {
                 Ok(value) => break value,
-                Err(why) if std::time::Instant::now() > deadline => panic!("{} not within {} s: {}", $what, $seconds, why),
+                Err(why) if std::time::Instant::now() > deadline => {
+                    panic!("{} not within {} s: {}", $what, $seconds, why)
+                }
                 Err(_) => std::thread::sleep(std::time::Duration::from_millis(50)),
             }
         }
@@ -48,7 +50,11 @@ impl Host {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
-        let host = Host { inside: format!("cst{pid}-{n}"), outside: format!("cst{pid}-{n}o"), address: format!("10.77.{n}.1") };
+        let host = Host {
+            inside: format!("cst{pid}-{n}"),
+            outside: format!("cst{pid}-{n}o"),
+            address: format!("10.77.{n}.1"),
+        };
         let Host { inside, outside, address } = &host;
         ip(&format!("netns add {inside}"));
         ip(&format!("netns add {outside}"));

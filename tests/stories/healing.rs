@@ -20,7 +20,9 @@ fn a_killed_server_adopts_its_pods_without_restarting_them() {
     let port = web::node_port(&server, "web");
     server.kubectl(&["create", "configmap", "written", "--from-literal=before=kill"]);
     server.kill9();
-    server.fetch(&format!("http://{}:{port}/", server.host.address), true).expect("pods answer while the server is down");
+    server
+        .fetch(&format!("http://{}:{port}/", server.host.address), true)
+        .expect("pods answer while the server is down");
     server.start_again();
     assert_eq!(server.kubectl(&["get", "configmap", "written", "-o", "jsonpath={.data.before}"]), "kill");
     server.kubectl(&["wait", "node/n1", "--for=condition=Ready", "--timeout=30s"]);
@@ -39,7 +41,9 @@ fn a_clean_stop_is_quick_and_leaves_pods_running() {
     let port = web::node_port(&server, "web");
     let took = server.stop();
     assert!(took.as_secs() < 5, "{took:?}");
-    server.fetch(&format!("http://{}:{port}/", server.host.address), true).expect("pods answer while the server is stopped");
+    server
+        .fetch(&format!("http://{}:{port}/", server.host.address), true)
+        .expect("pods answer while the server is stopped");
     server.start_again();
 }
 
@@ -54,7 +58,11 @@ fn a_killed_container_is_restarted_and_a_deleted_pod_replaced() {
     server.kubectl_try(&["exec", victim, "--", "/bin/kill", "-9", "1"]).ok();
     // The first process of a pid namespace cannot be killed from inside it: from the host it can.
     let uid = server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.metadata.uid}"]);
-    let pids = Command::new("sh").arg("-c").arg(format!("grep -l {uid} /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3")).output().unwrap();
+    let pids = Command::new("sh")
+        .arg("-c")
+        .arg(format!("grep -l {uid} /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3"))
+        .output()
+        .unwrap();
     let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
     for pid in pids.split_whitespace() {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -63,7 +71,8 @@ fn a_killed_container_is_restarted_and_a_deleted_pod_replaced() {
         }
     }
     assert_eventually!(60, "the container is restarted", {
-        let count = server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"]);
+        let count =
+            server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"]);
         if count == "1" { Ok(()) } else { Err(format!("restartCount {count}")) }
     });
     let replaced = &before[1].0;

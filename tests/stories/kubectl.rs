@@ -22,8 +22,15 @@ fn objects_are_created_read_changed_and_deleted() {
     server.kubectl(&["create", "serviceaccount", "bot", "-n", "team"]);
     server.kubectl(&["delete", "namespace", "team", "--timeout=60s"]);
     for args in [
-        &["version"][..], &["cluster-info"], &["api-resources"], &["api-versions"], &["explain", "deployment.spec.strategy"],
-        &["auth", "can-i", "create", "pods"], &["events", "-A"], &["get", "nodes", "-o", "wide"], &["get", "all", "-A"],
+        &["version"][..],
+        &["cluster-info"],
+        &["api-resources"],
+        &["api-versions"],
+        &["explain", "deployment.spec.strategy"],
+        &["auth", "can-i", "create", "pods"],
+        &["events", "-A"],
+        &["get", "nodes", "-o", "wide"],
+        &["get", "all", "-A"],
     ] {
         assert!(!server.kubectl(args).is_empty(), "{args:?}");
     }
@@ -32,9 +39,8 @@ fn objects_are_created_read_changed_and_deleted() {
 #[test]
 fn server_side_apply_keeps_owners_apart() {
     let server = Server::start(&["--disable-agent"]);
-    let manifest = |value: &str| {
-        format!("apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: shared\ndata:\n  key: {value}\n")
-    };
+    let manifest =
+        |value: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: shared\ndata:\n  key: {value}\n");
     let apply = |value: &str, manager: &str| {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), manifest(value)).unwrap();

@@ -10,7 +10,8 @@ fn pods_find_services_by_name() {
     let ip = server.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"]);
     let dig = server.host.command("python3").args(["-c", DNS_QUERY, "web.default.svc.cluster.local"]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&dig.stdout).trim(), ip, "{}", String::from_utf8_lossy(&dig.stderr));
-    let missing = server.host.command("python3").args(["-c", DNS_QUERY, "nope.default.svc.cluster.local"]).output().unwrap();
+    let missing =
+        server.host.command("python3").args(["-c", DNS_QUERY, "nope.default.svc.cluster.local"]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&missing.stdout).trim(), "rcode 3");
 }
 

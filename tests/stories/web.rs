@@ -57,7 +57,8 @@ fn a_rollout_replaces_pods_and_can_be_undone() {
     assert!(history.contains('2'), "{history}");
     server.kubectl(&["rollout", "undo", "deployment/web"]);
     server.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
-    let annotations = server.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.spec.template.metadata.annotations}"]);
+    let annotations =
+        server.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.spec.template.metadata.annotations}"]);
     assert!(!annotations.contains("round"), "{annotations}");
     server.kubectl(&["rollout", "restart", "deployment/web"]);
     server.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);

@@ -1,7 +1,31 @@
 //! Images: what is in the store, what a reference means, import of archives.
+//!
+//! # Layout
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`reference`] | names of images and how short ones are completed |
+//! | [`archive`] | reading OCI layouts and docker archives |
+//! | [`config`] | reading an image's configuration |
+//! | [`unpack`] | one layer's tar into one folder, whiteouts included, nothing outside of it |
+//! | [`store`] | the content-addressed store, root filesystems of containers |
+//! | [`builtin`] | the image inside the program |
+//! | [`folder`] | the watched folder of archives |
+
+pub mod archive;
+mod builtin;
+pub mod config;
+pub mod folder;
+pub mod reference;
+pub mod store;
+pub mod unpack;
+
+pub use folder::watch_folder;
+pub use reference::Reference;
+pub use store::{BUILTIN_PREFIX, ImageStore};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -131,4 +155,46 @@ pub trait Images: Send + Sync + 'static {
     /// Removes a name, or by id the whole image with all its names. Layers that nothing uses any more go, too.
     /// An image used by a container stays on disk until the container is removed.
     fn remove<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, ImageResult<()>>;
+}
+
+/// The asynchronous face of an [`ImageStore`].
+#[derive(Clone)]
+pub struct LocalImages(pub Arc<ImageStore>);
+
+impl LocalImages {
+    fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ImageStore) -> ImageResult<T> + Send + 'static,
+    ) -> BoxFuture<'static, ImageResult<T>> {
+        let store = self.0.clone();
+        Box::pin(async move {
+            tokio::task::spawn_blocking(move || work(&store)).await.unwrap_or_else(|error| {
+                Err(ImageError::Io { what: "image store".to_owned(), source: std::io::Error::other(error) })
+            })
+        })
+    }
+}
+
+impl Images for LocalImages {
+    fn list(&self) -> BoxFuture<'_, ImageResult<Vec<Image>>> {
+        Box::pin(std::future::ready(self.0.list()))
+    }
+
+    fn status<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, ImageResult<Option<Image>>> {
+        Box::pin(std::future::ready(self.0.find(reference)))
+    }
+
+    fn resolve<'a>(&'a self, reference: &'a str, policy: PullPolicy) -> BoxFuture<'a, ImageResult<Image>> {
+        Box::pin(std::future::ready(self.0.resolve(reference, policy)))
+    }
+
+    fn import<'a>(&'a self, archive: &'a Path) -> BoxFuture<'a, ImageResult<Imported>> {
+        let archive = archive.to_owned();
+        self.blocking(move |store| store.import(&archive))
+    }
+
+    fn remove<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, ImageResult<()>> {
+        let reference = reference.to_owned();
+        self.blocking(move |store| store.remove(&reference))
+    }
 }

@@ -7,10 +7,36 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`cri`] | the types: sandbox and container configurations, statuses, statistics, events |
+//! | [`embedded`] | the runtime inside the agent: its table of sandboxes and containers, the calls of the trait |
+//! | `sandbox`, `container`, `stream`, `stats` | what those calls do |
+//! | [`purge()`] | the end of an instance: nothing of it stays |
+//! | [`record`] | the files that the next agent finds everything by |
+//! | [`shim`] | starting and asking a pod's shim |
+//! | [`helper`] | this program run once more to create one container with libcontainer |
+//! | [`spec`] | the OCI specification of a container, as a pure function |
+//! | [`capabilities`], [`seccomp`], [`user`] | parts of that specification |
+//! | [`cgroup`] | limits, statistics and the end of control groups: version 1, hybrid and 2 |
 
+pub mod capabilities;
+pub mod cgroup;
+mod container;
 pub mod cri;
+pub mod embedded;
+pub mod helper;
+mod purge;
+pub mod record;
+mod sandbox;
+pub mod seccomp;
+pub mod shim;
+pub mod spec;
+mod stats;
+mod stream;
+pub mod user;
 
 pub use cri::*;
+pub use embedded::{Embedded, RuntimeOptions};
+pub use helper::helper_main_if_requested;
+pub use purge::purge;
 
 use futures::future::BoxFuture;
 use tokio::sync::broadcast;
@@ -106,10 +132,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// Removes a container with its root filesystem (not its log file); kills it first when it still runs.
     fn remove_container<'a>(&'a self, container_id: &'a str) -> BoxFuture<'a, RuntimeResult<()>>;
 
-    fn list_containers<'a>(
-        &'a self,
-        filter: &'a ContainerFilter,
-    ) -> BoxFuture<'a, RuntimeResult<Vec<ContainerStatus>>>;
+    fn list_containers<'a>(&'a self, filter: &'a ContainerFilter)
+    -> BoxFuture<'a, RuntimeResult<Vec<ContainerStatus>>>;
 
     fn container_status<'a>(&'a self, container_id: &'a str) -> BoxFuture<'a, RuntimeResult<ContainerStatus>>;
 

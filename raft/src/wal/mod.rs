@@ -38,8 +38,8 @@ pub use self::recover::WalError;
 use self::recover::{Closed, Recovered, recover};
 use self::segment::{Carried, Segment};
 use self::spare::SpareKeeper;
-pub(crate) use self::writer::Done;
-use self::writer::{LogThread, Request, Sync};
+pub(crate) use self::writer::{Done, SyncFile};
+use self::writer::{LogThread, Request};
 
 /// Zeros written at once into the very first segment, so that a first start has few growing writes and no big ones.
 const FIRST_SIZE: u64 = 256 << 10;
@@ -49,9 +49,10 @@ const FIRST_SIZE: u64 = 256 << 10;
 pub(crate) struct WalOptions {
     /// Capacity of a segment in bytes.
     pub segment_size: u64,
-    pub sync: Sync,
+    pub sync: SyncFile,
 }
 
+#[cfg(test)]
 impl WalOptions {
     pub fn new(segment_size: u64) -> Self {
         WalOptions { segment_size, sync: Arc::new(|file| file.sync_data()) }

@@ -189,10 +189,30 @@ fn a_missing_or_cut_segment_refuses_to_start() {
 }
 
 #[test]
+fn a_crash_between_two_segments_is_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = open(dir.path());
+    append(&wal, 1, 0..1000);
+    drop(wal);
+    // As if the second segment had not been made yet when the first was full.
+    for sequence in segment::list(dir.path()).unwrap() {
+        if sequence > 1 {
+            std::fs::remove_file(segment::path_of(dir.path(), sequence)).unwrap();
+        }
+    }
+    let wal = open(dir.path());
+    let next = wal.last().unwrap().index + 1;
+    assert!(next > 100);
+    append(&wal, 2, next..next + 5);
+    drop(wal);
+    assert_holds(&open(dir.path()), 0..next + 5);
+}
+
+#[test]
 fn a_failed_sync_stops_the_log_and_is_never_retried() {
     let dir = tempfile::tempdir().unwrap();
     let (broken, syncs) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let sync: Sync = {
+    let sync: SyncFile = {
         let (broken, syncs) = (broken.clone(), syncs.clone());
         Arc::new(move |file| {
             syncs.fetch_add(1, Ordering::SeqCst);
@@ -214,7 +234,7 @@ fn a_failed_sync_stops_the_log_and_is_never_retried() {
 fn many_requests_share_few_syncs() {
     let dir = tempfile::tempdir().unwrap();
     let syncs = Arc::new(AtomicUsize::new(0));
-    let sync: Sync = {
+    let sync: SyncFile = {
         let syncs = syncs.clone();
         Arc::new(move |file| {
             syncs.fetch_add(1, Ordering::SeqCst);

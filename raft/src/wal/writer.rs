@@ -22,7 +22,7 @@ use super::spare::SpareKeeper;
 /// Called once the request is durable, or has failed.
 pub(crate) type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// Makes a file's written data durable; replaced only by tests of failing disks.
-pub(crate) type Sync = Arc<dyn Fn(&File) -> io::Result<()> + Send + std::marker::Sync>;
+pub(crate) type SyncFile = Arc<dyn Fn(&File) -> io::Result<()> + Send + Sync>;
 
 /// One request to the log thread.
 pub(crate) struct Request {
@@ -37,7 +37,7 @@ const MAX_WRITE: usize = 4 << 20;
 pub(crate) struct LogThread {
     pub dir: PathBuf,
     pub segment_size: u64,
-    pub sync: Sync,
+    pub sync: SyncFile,
     pub index: Arc<Mutex<Index>>,
     pub spares: Arc<SpareKeeper>,
     /// Full segments, oldest first.

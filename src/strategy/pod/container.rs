@@ -13,12 +13,23 @@ use crate::strategy::value::{int, list, text, truth};
 const PORT_RANGE: &str = "must be between 1 and 65535, inclusive";
 /// Field paths that an environment variable may take from the pod.
 const ENV_FIELDS: [&str; 8] = [
-    "metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName", "status.hostIP",
-    "status.hostIPs", "status.podIP",
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
 ];
 /// Resources that a field reference may name.
 const FIELD_RESOURCES: [&str; 6] = [
-    "limits.cpu", "limits.ephemeral-storage", "limits.memory", "requests.cpu", "requests.ephemeral-storage", "requests.memory",
+    "limits.cpu",
+    "limits.ephemeral-storage",
+    "limits.memory",
+    "requests.cpu",
+    "requests.ephemeral-storage",
+    "requests.memory",
 ];
 
 /// `spec.containers`.
@@ -40,7 +51,11 @@ pub(super) fn regular(containers: &[Value], volumes: &HashSet<String>, grace: Op
         if container.get("restartPolicy").is_some_and(|p| !p.is_null()) {
             let policy = text(container, "/restartPolicy");
             if !["Always", "Never", "OnFailure"].contains(&policy) {
-                errors.push(FieldError::not_supported(format!("{at}.restartPolicy"), policy, &["Always", "Never", "OnFailure"]));
+                errors.push(FieldError::not_supported(
+                    format!("{at}.restartPolicy"),
+                    policy,
+                    &["Always", "Never", "OnFailure"],
+                ));
             }
         }
     }
@@ -65,7 +80,10 @@ pub(super) fn init(pod: &Value, volumes: &HashSet<String>, grace: Option<i64>, f
         } else {
             for key in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
                 if !container[key].is_null() {
-                    errors.push(FieldError::forbidden(format!("{at}.{key}"), "may not be set for init containers without restartPolicy=Always"));
+                    errors.push(FieldError::forbidden(
+                        format!("{at}.{key}"),
+                        "may not be set for init containers without restartPolicy=Always",
+                    ));
                 }
             }
         }
@@ -90,13 +108,16 @@ pub(super) fn ephemeral(pod: &Value, volumes: &HashSet<String>, field: &str) -> 
             errors.push(FieldError::duplicate(format!("{at}.name"), text(container, "/name")));
         }
         let target = text(container, "/targetContainerName");
-        let known = list(pod, "/containers").iter().chain(list(pod, "/initContainers")).any(|c| text(c, "/name") == target);
+        let known =
+            list(pod, "/containers").iter().chain(list(pod, "/initContainers")).any(|c| text(c, "/name") == target);
         if !target.is_empty() && !known {
             errors.push(FieldError::not_found(format!("{at}.targetContainerName"), target));
         }
         for key in EPHEMERAL_FORBIDDEN {
             let value = &container[key];
-            let empty = value.is_null() || value.as_object().is_some_and(|o| o.is_empty()) || value.as_array().is_some_and(Vec::is_empty);
+            let empty = value.is_null()
+                || value.as_object().is_some_and(|o| o.is_empty())
+                || value.as_array().is_some_and(Vec::is_empty);
             if !empty {
                 errors.push(FieldError::forbidden(format!("{at}.{key}"), "cannot be set for an Ephemeral Container"));
             }
@@ -119,13 +140,19 @@ fn common(container: &Value, volumes: &HashSet<String>, field: &str) -> ErrorLis
     if name.is_empty() {
         errors.push(FieldError::required(format!("{field}.name"), ""));
     } else {
-        errors.extend(names::dns1123_label(name).into_iter().map(|f| FieldError::invalid(format!("{field}.name"), name, f)));
+        errors.extend(
+            names::dns1123_label(name).into_iter().map(|f| FieldError::invalid(format!("{field}.name"), name, f)),
+        );
     }
     let image = text(container, "/image");
     if image.is_empty() {
         errors.push(FieldError::required(format!("{field}.image"), ""));
     } else if image.trim() != image {
-        errors.push(FieldError::invalid(format!("{field}.image"), image, "must not have leading or trailing whitespace"));
+        errors.push(FieldError::invalid(
+            format!("{field}.image"),
+            image,
+            "must not have leading or trailing whitespace",
+        ));
     }
     let policy = text(container, "/terminationMessagePolicy");
     if policy.is_empty() {
@@ -142,7 +169,11 @@ fn common(container: &Value, volumes: &HashSet<String>, field: &str) -> ErrorLis
     if policy.is_empty() {
         errors.push(FieldError::required(format!("{field}.imagePullPolicy"), ""));
     } else if !["Always", "IfNotPresent", "Never"].contains(&policy) {
-        errors.push(FieldError::not_supported(format!("{field}.imagePullPolicy"), policy, &["Always", "IfNotPresent", "Never"]));
+        errors.push(FieldError::not_supported(
+            format!("{field}.imagePullPolicy"),
+            policy,
+            &["Always", "IfNotPresent", "Never"],
+        ));
     }
     errors.extend(resources(&container["resources"], &format!("{field}.resources")));
     errors.extend(security_context(&container["securityContext"], &format!("{field}.securityContext")));
@@ -224,7 +255,8 @@ fn env(vars: &[Value], field: &str) -> ErrorList {
         if name.is_empty() {
             errors.push(FieldError::required(format!("{field}[{i}].name"), ""));
         } else if !name.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'=') {
-            let text = "a valid environment variable name must consist only of printable ASCII characters other than '='";
+            let text =
+                "a valid environment variable name must consist only of printable ASCII characters other than '='";
             errors.push(FieldError::invalid(format!("{field}[{i}].name"), name, text));
         }
         let from = &var["valueFrom"];
@@ -268,8 +300,14 @@ fn field_ref(reference: &Value, field: &str) -> ErrorList {
     if path.is_empty() {
         return vec![FieldError::required(format!("{field}.fieldPath"), "")];
     }
-    let subscripted = |map: &str| path.strip_prefix(map).and_then(|rest| rest.strip_prefix("['")).is_some_and(|rest| rest.ends_with("']"));
-    if ENV_FIELDS.contains(&path) || path == "status.podIPs" || subscripted("metadata.annotations") || subscripted("metadata.labels") {
+    let subscripted = |map: &str| {
+        path.strip_prefix(map).and_then(|rest| rest.strip_prefix("['")).is_some_and(|rest| rest.ends_with("']"))
+    };
+    if ENV_FIELDS.contains(&path)
+        || path == "status.podIPs"
+        || subscripted("metadata.annotations")
+        || subscripted("metadata.labels")
+    {
         return ErrorList::new();
     }
     let mut supported = ENV_FIELDS.to_vec();
@@ -285,7 +323,10 @@ pub(super) fn resource_field_ref(reference: &Value, in_volume: bool, field: &str
         errors.push(FieldError::required(format!("{field}.containerName"), ""));
     } else if resource.is_empty() {
         errors.push(FieldError::required(format!("{field}.resource"), ""));
-    } else if !FIELD_RESOURCES.contains(&resource) && !resource.starts_with("requests.hugepages-") && !resource.starts_with("limits.hugepages-") {
+    } else if !FIELD_RESOURCES.contains(&resource)
+        && !resource.starts_with("requests.hugepages-")
+        && !resource.starts_with("limits.hugepages-")
+    {
         errors.push(FieldError::not_supported(format!("{field}.resource"), resource, &FIELD_RESOURCES));
     }
     errors
@@ -366,7 +407,11 @@ fn volume_mounts(container: &Value, volumes: &HashSet<String>, field: &str) -> E
         }
         if !expr.is_empty() {
             if !sub.is_empty() {
-                errors.push(FieldError::invalid(at("subPathExpr"), expr, "subPathExpr and subPath are mutually exclusive"));
+                errors.push(FieldError::invalid(
+                    at("subPathExpr"),
+                    expr,
+                    "subPathExpr and subPath are mutually exclusive",
+                ));
             }
             errors.extend(descending_path(expr, &format!("{field}.subPathExpr")));
         }
@@ -407,10 +452,19 @@ fn resources(resources: &Value, field: &str) -> ErrorList {
         let Some(Value::Object(amounts)) = resources.get(section) else { continue };
         for (name, value) in amounts {
             let at = format!("{field}.{section}[{name}]");
-            let standard = ["cpu", "memory", "ephemeral-storage"].contains(&name.as_str()) || name.starts_with("hugepages-");
+            let standard =
+                ["cpu", "memory", "ephemeral-storage"].contains(&name.as_str()) || name.starts_with("hugepages-");
             if !name.contains('/') && !standard {
-                errors.push(FieldError::invalid(at.clone(), name.as_str(), "must be a standard resource type or fully qualified"));
-                errors.push(FieldError::invalid(at.clone(), name.as_str(), "must be a standard resource for containers"));
+                errors.push(FieldError::invalid(
+                    at.clone(),
+                    name.as_str(),
+                    "must be a standard resource type or fully qualified",
+                ));
+                errors.push(FieldError::invalid(
+                    at.clone(),
+                    name.as_str(),
+                    "must be a standard resource for containers",
+                ));
             }
             let Some(amount) = quantity(value) else { continue };
             if amount.nanos() < 0 {
@@ -434,7 +488,11 @@ fn security_context(context: &Value, field: &str) -> ErrorList {
     let mut errors = ErrorList::new();
     for key in ["runAsUser", "runAsGroup"] {
         if let Some(id) = context[key].as_i64().filter(|id| !(0..=i64::from(i32::MAX)).contains(id)) {
-            errors.push(FieldError::invalid(format!("{field}.{key}"), id, "must be between 0 and 2147483647, inclusive"));
+            errors.push(FieldError::invalid(
+                format!("{field}.{key}"),
+                id,
+                "must be between 0 and 2147483647, inclusive",
+            ));
         }
     }
     if let Some(kind) = context["procMount"].as_str().filter(|k| !["Default", "Unmasked"].contains(k)) {

@@ -85,9 +85,7 @@ fn default_spec(spec: &mut Value) {
         let Some(Value::Array(containers)) = spec.get_mut(key) else { continue };
         for container in containers.iter_mut().filter(|c| c.is_object()) {
             requests_from_limits(container);
-            if host_network
-                && let Some(Value::Array(ports)) = container.get_mut("ports")
-            {
+            if host_network && let Some(Value::Array(ports)) = container.get_mut("ports") {
                 for port in ports {
                     let number = port["containerPort"].clone();
                     if port.get("hostPort").is_none_or(|p| p.is_null() || *p == json!(0)) {

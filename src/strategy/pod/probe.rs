@@ -18,7 +18,8 @@ pub(super) fn probes(container: &Value, grace: Option<i64>, field: &str) -> Erro
         }
         let at = format!("{field}.{key}");
         errors.extend(handler(probe, grace, &at));
-        for number in ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"] {
+        for number in ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"]
+        {
             if let Some(n) = int(probe, &format!("/{number}")).filter(|n| *n < 0) {
                 errors.push(FieldError::invalid(format!("{at}.{number}"), n, NOT_NEGATIVE));
             }
@@ -28,7 +29,11 @@ pub(super) fn probes(container: &Value, grace: Option<i64>, field: &str) -> Erro
                 let text = "must not be set for readinessProbes";
                 errors.push(FieldError::invalid(format!("{at}.terminationGracePeriodSeconds"), n, text));
             } else if n <= 0 {
-                errors.push(FieldError::invalid(format!("{at}.terminationGracePeriodSeconds"), n, "must be greater than 0"));
+                errors.push(FieldError::invalid(
+                    format!("{at}.terminationGracePeriodSeconds"),
+                    n,
+                    "must be greater than 0",
+                ));
             }
         }
         if key != "readinessProbe"
@@ -108,7 +113,9 @@ fn handler(handler: &Value, grace: Option<i64>, field: &str) -> ErrorList {
 
 fn port(port: &Value, field: &str) -> ErrorList {
     match port {
-        Value::String(name) => port_name(name).into_iter().map(|f| FieldError::invalid(field, name.as_str(), f)).collect(),
+        Value::String(name) => {
+            port_name(name).into_iter().map(|f| FieldError::invalid(field, name.as_str(), f)).collect()
+        }
         number if number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) => ErrorList::new(),
         other => {
             let number = other.as_i64().unwrap_or(0);

@@ -18,7 +18,8 @@ pub(super) fn pod(_: &Context<'_>, pod: &Value, update: bool) -> ErrorList {
         errors.push(FieldError::forbidden("spec.ephemeralContainers", "cannot be set on create"));
     }
     if !update && !text(pod, "/spec/nodeName").is_empty() && !list(pod, "/spec/schedulingGates").is_empty() {
-        errors.push(FieldError::forbidden("spec.nodeName", "cannot be set until all schedulingGates have been cleared"));
+        errors
+            .push(FieldError::forbidden("spec.nodeName", "cannot be set until all schedulingGates have been cleared"));
     }
     errors
 }
@@ -85,7 +86,11 @@ pub(super) fn spec(spec: &Value, field: &str) -> ErrorList {
         }
     }
     if let Some(seconds) = int(spec, "/activeDeadlineSeconds").filter(|s| !(1..=i64::from(i32::MAX)).contains(s)) {
-        errors.push(FieldError::invalid(at("activeDeadlineSeconds"), seconds, "must be between 1 and 2147483647, inclusive"));
+        errors.push(FieldError::invalid(
+            at("activeDeadlineSeconds"),
+            seconds,
+            "must be between 1 and 2147483647, inclusive",
+        ));
     }
     errors.extend(tolerations(list(spec, "/tolerations"), &at("tolerations")));
     for (i, alias) in list(spec, "/hostAliases").iter().enumerate() {
@@ -140,8 +145,13 @@ fn security_context(context: &Value, field: &str) -> ErrorList {
         }
         seen.push(name);
     }
-    if let Some(policy) = context["fsGroupChangePolicy"].as_str().filter(|p| !["Always", "OnRootMismatch"].contains(p)) {
-        errors.push(FieldError::not_supported(format!("{field}.fsGroupChangePolicy"), policy, &["Always", "OnRootMismatch"]));
+    if let Some(policy) = context["fsGroupChangePolicy"].as_str().filter(|p| !["Always", "OnRootMismatch"].contains(p))
+    {
+        errors.push(FieldError::not_supported(
+            format!("{field}.fsGroupChangePolicy"),
+            policy,
+            &["Always", "OnRootMismatch"],
+        ));
     }
     errors.extend(seccomp(&context["seccompProfile"], &format!("{field}.seccompProfile")));
     errors
@@ -156,7 +166,10 @@ pub(super) fn seccomp(profile: &Value, field: &str) -> ErrorList {
     match text(profile, "/type") {
         "" => errors.push(FieldError::required(format!("{field}.type"), "type is required when seccompProfile is set")),
         "Localhost" if local.is_empty() => {
-            errors.push(FieldError::required(format!("{field}.localhostProfile"), "must be set when seccomp type is Localhost"));
+            errors.push(FieldError::required(
+                format!("{field}.localhostProfile"),
+                "must be set when seccomp type is Localhost",
+            ));
         }
         "Localhost" => {}
         "RuntimeDefault" | "Unconfined" => {
@@ -165,7 +178,11 @@ pub(super) fn seccomp(profile: &Value, field: &str) -> ErrorList {
                 errors.push(FieldError::invalid(format!("{field}.localhostProfile"), local, text));
             }
         }
-        other => errors.push(FieldError::not_supported(format!("{field}.type"), other, &["Localhost", "RuntimeDefault", "Unconfined"])),
+        other => errors.push(FieldError::not_supported(
+            format!("{field}.type"),
+            other,
+            &["Localhost", "RuntimeDefault", "Unconfined"],
+        )),
     }
     errors
 }
@@ -206,14 +223,22 @@ pub(crate) fn tolerations(tolerations: &[Value], field: &str) -> ErrorList {
                 }
             }
             "Exists" if !value.is_empty() => {
-                errors.push(FieldError::invalid(at("operator"), value, "value must be empty when `operator` is 'Exists'"));
+                errors.push(FieldError::invalid(
+                    at("operator"),
+                    value,
+                    "value must be empty when `operator` is 'Exists'",
+                ));
             }
             "Exists" => {}
             other => errors.push(FieldError::not_supported(at("operator"), other, &["Equal", "Exists"])),
         }
         let effect = text(toleration, "/effect");
         if !["", "NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
-            errors.push(FieldError::not_supported(at("effect"), effect, &["NoExecute", "NoSchedule", "PreferNoSchedule"]));
+            errors.push(FieldError::not_supported(
+                at("effect"),
+                effect,
+                &["NoExecute", "NoSchedule", "PreferNoSchedule"],
+            ));
         }
     }
     errors
@@ -316,10 +341,16 @@ fn node_selector_term(term: &Value, field: &str) -> ErrorList {
                 errors.push(FieldError::required(at("values"), "must be specified when `operator` is 'In' or 'NotIn'"));
             }
             "Exists" | "DoesNotExist" if !values.is_empty() => {
-                errors.push(FieldError::forbidden(at("values"), "may not be specified when `operator` is 'Exists' or 'DoesNotExist'"));
+                errors.push(FieldError::forbidden(
+                    at("values"),
+                    "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
+                ));
             }
             "Gt" | "Lt" if values.len() != 1 => {
-                errors.push(FieldError::required(at("values"), "must be specified single value when `operator` is 'Lt' or 'Gt'"));
+                errors.push(FieldError::required(
+                    at("values"),
+                    "must be specified single value when `operator` is 'Lt' or 'Gt'",
+                ));
             }
             "In" | "NotIn" | "Exists" | "DoesNotExist" | "Gt" | "Lt" => {}
             other => errors.push(FieldError::invalid(at("operator"), other, "not a valid selector operator")),
@@ -373,4 +404,3 @@ fn topology_spread(constraints: &[Value], field: &str) -> ErrorList {
     }
     errors
 }
-

@@ -61,7 +61,8 @@ fn whole(context: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         }
     }
     if fixed(new, old, gated) != *old {
-        errors.push(FieldError::forbidden("spec", format!("pod updates may not change fields other than {UPDATABLE}\n")));
+        errors
+            .push(FieldError::forbidden("spec", format!("pod updates may not change fields other than {UPDATABLE}\n")));
     }
     errors
 }
@@ -77,7 +78,9 @@ fn fixed(new: &Value, old: &Value, gated: bool) -> Value {
     if gated {
         back.extend(["nodeSelector", "affinity"]);
     }
-    if int(old, "/terminationGracePeriodSeconds").is_some_and(|s| s < 0) && int(new, "/terminationGracePeriodSeconds") == Some(1) {
+    if int(old, "/terminationGracePeriodSeconds").is_some_and(|s| s < 0)
+        && int(new, "/terminationGracePeriodSeconds") == Some(1)
+    {
         back.push("terminationGracePeriodSeconds");
     }
     if let Some(map) = munged.as_object_mut() {
@@ -122,7 +125,11 @@ fn ephemeral(context: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
 fn resize(context: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
     let mut errors = spec::pod(context, new, true);
     if super::qos::class(&new["spec"]) != super::qos::class(&old["spec"]) {
-        errors.push(FieldError::invalid("spec", super::qos::class(&new["spec"]), "Pod QOS Class may not change as a result of resizing"));
+        errors.push(FieldError::invalid(
+            "spec",
+            super::qos::class(&new["spec"]),
+            "Pod QOS Class may not change as a result of resizing",
+        ));
     }
     let mut munged = new["spec"].clone();
     for key in ["containers", "initContainers"] {

@@ -67,7 +67,9 @@ fn source(volume: &Value, field: &str) -> ErrorList {
                     }
                 }
             }
-            "csi" if text(source, "/driver").is_empty() => errors.push(FieldError::required(format!("{at}.driver"), "")),
+            "csi" if text(source, "/driver").is_empty() => {
+                errors.push(FieldError::required(format!("{at}.driver"), ""))
+            }
             "ephemeral" if source["volumeClaimTemplate"].is_null() => {
                 errors.push(FieldError::required(format!("{at}.volumeClaimTemplate"), ""));
             }
@@ -158,7 +160,11 @@ fn downward_api(source: &Value, field: &str) -> ErrorList {
                 errors.push(FieldError::not_supported(format!("{at}.fieldRef.fieldPath"), path, &VOLUME_FIELDS));
             }
             if !resource.is_null() {
-                errors.push(FieldError::invalid(at.clone(), "resource", "fieldRef and resourceFieldRef can not be specified simultaneously"));
+                errors.push(FieldError::invalid(
+                    at.clone(),
+                    "resource",
+                    "fieldRef and resourceFieldRef can not be specified simultaneously",
+                ));
             }
         } else if !resource.is_null() {
             errors.extend(resource_field_ref(resource, true, &format!("{at}.resourceFieldRef")));

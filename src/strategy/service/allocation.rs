@@ -79,7 +79,12 @@ fn invalid(context: &Context<'_>, error: FieldError) -> Status {
     Status::invalid("", "Service", context.name, &vec![error])
 }
 
-async fn addresses(server: &ApiServer, context: &Context<'_>, new: &mut Value, old: Option<&Value>) -> Result<(), Status> {
+async fn addresses(
+    server: &ApiServer,
+    context: &Context<'_>,
+    new: &mut Value,
+    old: Option<&Value>,
+) -> Result<(), Status> {
     let spec = &new["spec"];
     if !has_cluster_ip(spec) || is_headless(spec) {
         return Ok(());
@@ -90,7 +95,8 @@ async fn addresses(server: &ApiServer, context: &Context<'_>, new: &mut Value, o
         return Ok(());
     }
     if wanted.is_empty() {
-        let ip = if context.dry_run { network.nth(network.size()) } else { any_address(server, context, network).await? };
+        let ip =
+            if context.dry_run { network.nth(network.size()) } else { any_address(server, context, network).await? };
         new["spec"]["clusterIP"] = json!(ip.to_string());
         new["spec"]["clusterIPs"] = json!([ip.to_string()]);
         return Ok(());
@@ -101,7 +107,10 @@ async fn addresses(server: &ApiServer, context: &Context<'_>, new: &mut Value, o
     };
     let ip: IpAddr = wanted.parse().map_err(|_| fault("invalid address"))?;
     if !network.range.contains(&ip) || ip == network.nth(0) {
-        return Err(fault(&format!("the provided IP ({ip}) is not in the valid range. The range of valid IPs is {}", network.range)));
+        return Err(fault(&format!(
+            "the provided IP ({ip}) is not in the valid range. The range of valid IPs is {}",
+            network.range
+        )));
     }
     if !context.dry_run && !reserve_address(server, context, ip).await? {
         return Err(fault("provided IP is already allocated"));
@@ -183,7 +192,8 @@ async fn reserve(server: &ApiServer, key: Bytes, value: Bytes) -> Result<bool, S
 /// The node ports of a Service: of its ports, and of its health check.
 fn node_ports(service: &Value) -> Vec<(i64, &str)> {
     let ports = list(service, "/spec/ports").iter();
-    let mut all: Vec<_> = ports.filter_map(|p| Some((int(p, "/nodePort").filter(|n| *n != 0)?, text(p, "/protocol")))).collect();
+    let mut all: Vec<_> =
+        ports.filter_map(|p| Some((int(p, "/nodePort").filter(|n| *n != 0)?, text(p, "/protocol")))).collect();
     all.extend(int(service, "/spec/healthCheckNodePort").filter(|n| *n != 0).map(|n| (n, "health")));
     all
 }
@@ -200,7 +210,9 @@ async fn ports(server: &ApiServer, context: &Context<'_>, new: &mut Value, old: 
             }
             // A port number that the Service has for another protocol serves this one too.
             let same = list(new, "/spec/ports").iter().find(|p| {
-                p["port"] == new["spec"]["ports"][i]["port"] && int(p, "/nodePort").unwrap_or(0) != 0 && text(p, "/protocol") != protocol
+                p["port"] == new["spec"]["ports"][i]["port"]
+                    && int(p, "/nodePort").unwrap_or(0) != 0
+                    && text(p, "/protocol") != protocol
             });
             let number = match same.and_then(|p| int(p, "/nodePort")) {
                 Some(number) => number,
@@ -240,7 +252,11 @@ async fn claim(
         return Ok(());
     }
     if !u16::try_from(number).is_ok_and(|n| range.contains(&n)) {
-        let text = format!("provided port is not in the valid range. The range of valid ports is {}-{}", range.start(), range.end());
+        let text = format!(
+            "provided port is not in the valid range. The range of valid ports is {}-{}",
+            range.start(),
+            range.end()
+        );
         return Err(invalid(context, FieldError::invalid(field, number, text)));
     }
     // Two ports of one Service may share a number when their protocols differ; validation has seen to that.
@@ -269,7 +285,9 @@ async fn any_port(server: &ApiServer, context: &Context<'_>) -> Result<i64, Stat
         }
     }
     for number in range.rev().map(i64::from) {
-        if server.backend().get(&port_key(number))?.is_none() && reserve(server, port_key(number), owner(context)).await? {
+        if server.backend().get(&port_key(number))?.is_none()
+            && reserve(server, port_key(number), owner(context)).await?
+        {
             return Ok(number);
         }
     }

@@ -69,7 +69,9 @@ fn prepare_update(context: &Context<'_>, new: &mut Value, old: &Value) {
         }
     }
     for key in ["ipFamilies", "ipFamilyPolicy"] {
-        if needs_ip && had_ip && spec.get(key).is_none_or(no_items)
+        if needs_ip
+            && had_ip
+            && spec.get(key).is_none_or(no_items)
             && let Some(value) = old_spec.get(key)
         {
             spec.insert(key.to_owned(), value.clone());
@@ -156,7 +158,8 @@ fn keep_node_ports(spec: &mut Map<String, Value>, old: &Value) {
     if !both {
         return;
     }
-    let mut used: Vec<i64> = list(&Value::Object(spec.clone()), "/ports").iter().filter_map(|p| int(p, "/nodePort")).collect();
+    let mut used: Vec<i64> =
+        list(&Value::Object(spec.clone()), "/ports").iter().filter_map(|p| int(p, "/nodePort")).collect();
     let Some(Value::Array(ports)) = spec.get_mut("ports") else { return };
     for port in ports {
         if int(port, "/nodePort").unwrap_or(0) != 0 {
@@ -175,7 +178,8 @@ fn keep_node_ports(spec: &mut Map<String, Value>, old: &Value) {
 fn drop_type_dependent(spec: &mut Map<String, Value>, old: &Value) {
     let kind = text_of(spec, "type");
     let (is, was) = (wants_node_ports(&Value::Object(spec.clone())), wants_node_ports(old));
-    if was && !is
+    if was
+        && !is
         && let Some(Value::Array(ports)) = spec.get_mut("ports")
     {
         for port in ports.iter_mut().filter_map(Value::as_object_mut) {
@@ -216,7 +220,8 @@ mod tests {
 
     #[test]
     fn defaults_follow_from_the_type() {
-        let spec = prepared(json!({"spec": {"type": "NodePort", "ports": [{"port": 80}], "sessionAffinity": "ClientIP"}}));
+        let spec =
+            prepared(json!({"spec": {"type": "NodePort", "ports": [{"port": 80}], "sessionAffinity": "ClientIP"}}));
         assert_eq!(spec["ports"][0], json!({"port": 80, "protocol": "TCP", "targetPort": 80}));
         assert_eq!(spec["externalTrafficPolicy"], "Cluster");
         assert_eq!(spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"], 10800);
@@ -231,7 +236,8 @@ mod tests {
     fn node_ports_are_kept_by_port_and_dropped_with_the_type() {
         let old = json!({"type": "NodePort", "externalTrafficPolicy": "Cluster",
             "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30001}]});
-        let mut new = json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP"}, {"port": 81, "protocol": "TCP"}]});
+        let mut new =
+            json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP"}, {"port": 81, "protocol": "TCP"}]});
         keep_node_ports(new.as_object_mut().unwrap(), &old);
         assert_eq!(new["ports"][0]["nodePort"], 30001);
         assert_eq!(new["ports"][1].get("nodePort"), None);

@@ -29,7 +29,11 @@ pub(super) fn update(context: &Context<'_>, new: &Value, old: &Value) -> ErrorLi
     if stays && !text(was, "/clusterIP").is_empty() {
         let (before, after) = (text(was, "/clusterIP"), text(is, "/clusterIP"));
         if before != after {
-            errors.push(FieldError::invalid("spec.clusterIPs[0]", list(is, "/clusterIPs").first().cloned().unwrap_or_default(), "may not change once set"));
+            errors.push(FieldError::invalid(
+                "spec.clusterIPs[0]",
+                list(is, "/clusterIPs").first().cloned().unwrap_or_default(),
+                "may not change once set",
+            ));
         }
     }
     errors.extend(service(new));
@@ -46,10 +50,18 @@ fn service(object: &Value) -> ErrorList {
     }
     match kind {
         "LoadBalancer" if is_headless(spec) => {
-            errors.push(FieldError::invalid("spec.clusterIPs[0]", "None", "may not be set to 'None' for LoadBalancer services"));
+            errors.push(FieldError::invalid(
+                "spec.clusterIPs[0]",
+                "None",
+                "may not be set to 'None' for LoadBalancer services",
+            ));
         }
         "NodePort" if is_headless(spec) => {
-            errors.push(FieldError::invalid("spec.clusterIPs[0]", "None", "may not be set to 'None' for NodePort services"));
+            errors.push(FieldError::invalid(
+                "spec.clusterIPs[0]",
+                "None",
+                "may not be set to 'None' for NodePort services",
+            ));
         }
         "ExternalName" => {
             let name = text(spec, "/externalName").trim_end_matches('.');
@@ -66,9 +78,12 @@ fn service(object: &Value) -> ErrorList {
     errors.extend(all_ports(ports, kind, is_headless(spec)));
     if let Some(Value::Object(selector)) = spec.get("selector") {
         for (key, value) in selector {
-            errors.extend(names::qualified_name(key).into_iter().map(|f| FieldError::invalid("spec.selector", key.as_str(), f)));
+            errors.extend(
+                names::qualified_name(key).into_iter().map(|f| FieldError::invalid("spec.selector", key.as_str(), f)),
+            );
             let value = value.as_str().unwrap_or_default();
-            errors.extend(names::label_value(value).into_iter().map(|f| FieldError::invalid("spec.selector", value, f)));
+            errors
+                .extend(names::label_value(value).into_iter().map(|f| FieldError::invalid("spec.selector", value, f)));
         }
     }
     match text(spec, "/sessionAffinity") {
@@ -87,7 +102,11 @@ fn service(object: &Value) -> ErrorList {
     for (i, ip) in list(spec, "/externalIPs").iter().filter_map(Value::as_str).enumerate() {
         if ip.parse::<IpAddr>().is_err() {
             let field = format!("spec.externalIPs[{i}]");
-            errors.push(FieldError::invalid(field, ip, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"));
+            errors.push(FieldError::invalid(
+                field,
+                ip,
+                "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
+            ));
         }
     }
     if kind.is_empty() {
@@ -99,7 +118,11 @@ fn service(object: &Value) -> ErrorList {
     for (i, range) in list(spec, "/loadBalancerSourceRanges").iter().filter_map(Value::as_str).enumerate() {
         if range.trim().parse::<ipnet::IpNet>().is_err() {
             let field = format!("spec.LoadBalancerSourceRanges[{i}]");
-            errors.push(FieldError::invalid(field, range, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"));
+            errors.push(FieldError::invalid(
+                field,
+                range,
+                "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+            ));
         }
     }
     errors
@@ -137,7 +160,9 @@ fn all_ports(ports: &[Value], kind: &str, headless: bool) -> ErrorList {
                 errors.push(FieldError::invalid(at("targetPort"), port["targetPort"].clone(), PORT_RANGE));
             }
             Value::String(name) => {
-                errors.extend(port_name(name).into_iter().map(|f| FieldError::invalid(at("targetPort"), name.as_str(), f)));
+                errors.extend(
+                    port_name(name).into_iter().map(|f| FieldError::invalid(at("targetPort"), name.as_str(), f)),
+                );
             }
             _ => {}
         }
@@ -171,7 +196,11 @@ fn cluster_ips(spec: &Value) -> ErrorList {
         errors.push(FieldError::required("spec.clusterIPs", ""));
     }
     if ips.first().is_some_and(|first| first.as_str() != Some(ip)) {
-        errors.push(FieldError::invalid("spec.clusterIPs", Value::Array(ips.to_vec()), "first value must match `clusterIP`"));
+        errors.push(FieldError::invalid(
+            "spec.clusterIPs",
+            Value::Array(ips.to_vec()),
+            "first value must match `clusterIP`",
+        ));
     }
     for (i, ip) in ips.iter().filter_map(Value::as_str).enumerate() {
         let field = format!("spec.clusterIPs[{i}]");
@@ -180,7 +209,11 @@ fn cluster_ips(spec: &Value) -> ErrorList {
                 errors.push(FieldError::invalid(field, ip, "'None' must be the first and only value"));
             }
         } else if ip.parse::<IpAddr>().is_err() {
-            errors.push(FieldError::invalid(field, ip, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"));
+            errors.push(FieldError::invalid(
+                field,
+                ip,
+                "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
+            ));
         }
     }
     errors
@@ -189,10 +222,15 @@ fn cluster_ips(spec: &Value) -> ErrorList {
 fn traffic_policies(spec: &Value, kind: &str) -> ErrorList {
     let mut errors = ErrorList::new();
     let external = text(spec, "/externalTrafficPolicy");
-    let has_external = matches!(kind, "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && !list(spec, "/externalIPs").is_empty());
+    let has_external =
+        matches!(kind, "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && !list(spec, "/externalIPs").is_empty());
     if !external.is_empty() {
         if !has_external {
-            errors.push(FieldError::invalid("spec.externalTrafficPolicy", external, "may only be set for externally-accessible services"));
+            errors.push(FieldError::invalid(
+                "spec.externalTrafficPolicy",
+                external,
+                "may only be set for externally-accessible services",
+            ));
         } else if !["Cluster", "Local"].contains(&external) {
             errors.push(FieldError::not_supported("spec.externalTrafficPolicy", external, &["Cluster", "Local"]));
         }
@@ -208,10 +246,16 @@ fn traffic_policies(spec: &Value, kind: &str) -> ErrorList {
     }
     if kind != "LoadBalancer" {
         if spec.get("allocateLoadBalancerNodePorts").is_some_and(|v| !v.is_null()) {
-            errors.push(FieldError::forbidden("spec.allocateLoadBalancerNodePorts", "may only be used when `type` is 'LoadBalancer'"));
+            errors.push(FieldError::forbidden(
+                "spec.allocateLoadBalancerNodePorts",
+                "may only be used when `type` is 'LoadBalancer'",
+            ));
         }
         if spec.get("loadBalancerClass").is_some_and(|v| !v.is_null()) {
-            errors.push(FieldError::forbidden("spec.loadBalancerClass", "may only be used when `type` is 'LoadBalancer'"));
+            errors.push(FieldError::forbidden(
+                "spec.loadBalancerClass",
+                "may only be used when `type` is 'LoadBalancer'",
+            ));
         }
     }
     errors

@@ -1,0 +1,222 @@
+//! Keeps the Node object and its lease current: registration, status when it changes or every five minutes, a lease
+//! every ten seconds.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::{Node, NodeStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
+use k8s_openapi::jiff::Timestamp;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::api::{ApiError, PatchType};
+use super::backoff::Jitter;
+use super::context::Context;
+use super::events::EventType;
+use super::node::{self, Machine};
+use super::observed::api_time;
+
+const LEASE_PERIOD: Duration = Duration::from_secs(10);
+const LEASE_SECONDS: i32 = 40;
+const STATUS_PERIOD: Duration = Duration::from_secs(300);
+/// How often the runtime is asked while the node is not ready.
+const NOT_READY_PERIOD: Duration = Duration::from_millis(100);
+
+/// The node's task.
+pub struct NodeSync {
+    context: Arc<Context>,
+    machine: Machine,
+    uid: String,
+    status: NodeStatus,
+    written_at: Option<SystemTime>,
+    lease_at: Option<SystemTime>,
+}
+
+impl NodeSync {
+    /// A node that is not registered yet.
+    pub fn new(context: Arc<Context>, machine: Machine) -> Self {
+        Self { context, machine, uid: String::new(), status: NodeStatus::default(), written_at: None, lease_at: None }
+    }
+
+    /// Runs until the agent stops.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let work = async {
+            let mut retry = Jitter::new(Duration::from_millis(50), Duration::from_secs(10));
+            while let Err(error) = self.register().await {
+                tracing::debug!(%error, "node not registered");
+                tokio::time::sleep(retry.next()).await;
+            }
+            self.tell("Starting", "Starting kubelet.");
+            retry.reset();
+            loop {
+                let wait = match self.turn().await {
+                    Ok(()) if self.is_ready() => {
+                        retry.reset();
+                        LEASE_PERIOD
+                    }
+                    Ok(()) => NOT_READY_PERIOD,
+                    Err(error) if error.is_not_found() => {
+                        // Somebody deleted the node: come back.
+                        self.written_at = None;
+                        if let Err(error) = self.register().await {
+                            tracing::debug!(%error, "node not registered");
+                        }
+                        retry.next()
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "node status not written");
+                        retry.next()
+                    }
+                };
+                tokio::time::sleep(wait).await;
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.status
+            .conditions
+            .iter()
+            .flatten()
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+    }
+
+    fn path(&self) -> String {
+        format!("/api/v1/nodes/{}", self.context.config.node_name)
+    }
+
+    async fn wanted(&self) -> Node {
+        let runtime = self.context.runtime.status().await.map_err(|error| error.to_string());
+        let images = self.context.images.list().await.unwrap_or_default();
+        let ips = self.context.host_ips();
+        node::node(&node::Input {
+            config: &self.context.config,
+            machine: &self.machine,
+            ips: &ips,
+            runtime,
+            images: &images,
+            old: Some(&self.status),
+            now: api_time(SystemTime::now()),
+        })
+    }
+
+    /// Creates the Node, or takes over the one of a former start: labels of the command line are set again.
+    async fn register(&mut self) -> Result<(), ApiError> {
+        let wanted = self.wanted().await;
+        let existing: Node = match self.context.api.create("/api/v1/nodes", &wanted).await {
+            Ok(node) => node,
+            Err(error) if error.is_conflict() => {
+                let existing: Node = self.context.api.get(&self.path()).await?;
+                let labels = wanted.metadata.labels.clone().unwrap_or_default();
+                let current = existing.metadata.labels.clone().unwrap_or_default();
+                if labels.iter().any(|(key, value)| current.get(key) != Some(value)) {
+                    let body = json!({"metadata": {"labels": labels}});
+                    let _: IgnoredAny = self.context.api.patch(&self.path(), PatchType::Strategic, &body).await?;
+                }
+                existing
+            }
+            Err(error) => return Err(error),
+        };
+        self.uid = existing.metadata.uid.unwrap_or_default();
+        self.status = existing.status.unwrap_or_default();
+        self.written_at = None;
+        Ok(())
+    }
+
+    async fn turn(&mut self) -> Result<(), ApiError> {
+        let now = SystemTime::now();
+        let age = |at: Option<SystemTime>| at.map(|at| now.duration_since(at).unwrap_or_default());
+        if age(self.lease_at).is_none_or(|age| age + Duration::from_secs(1) >= LEASE_PERIOD) {
+            self.renew().await?;
+            self.lease_at = Some(now);
+        }
+        let wanted = self.wanted().await.status.unwrap_or_default();
+        let due = age(self.written_at).is_none_or(|age| age >= STATUS_PERIOD);
+        if due || !node::is_same(&wanted, &self.status) {
+            self.write(wanted).await?;
+            self.written_at = Some(now);
+        }
+        Ok(())
+    }
+
+    async fn write(&mut self, wanted: NodeStatus) -> Result<(), ApiError> {
+        let was_ready = self.is_ready();
+        let mut body = serde_json::to_value(&wanted).map_err(ApiError::Decode)?;
+        if let Value::Object(status) = &mut body
+            && let Some(Value::Array(addresses)) = status.get_mut("addresses")
+        {
+            // Addresses are merged by type, of which there can be several.
+            addresses.push(json!({"$patch": "replace"}));
+        }
+        let path = format!("{}/status", self.path());
+        let _: IgnoredAny = self.context.api.patch(&path, PatchType::Strategic, &json!({"status": body})).await?;
+        self.status = wanted;
+        match (was_ready, self.is_ready()) {
+            (false, true) => {
+                tracing::info!(node = self.context.config.node_name, "node is ready");
+                self.tell("NodeReady", &format!("Node {} status is now: NodeReady", self.context.config.node_name));
+            }
+            (true, false) => {
+                self.tell(
+                    "NodeNotReady",
+                    &format!("Node {} status is now: NodeNotReady", self.context.config.node_name),
+                );
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn tell(&self, reason: &'static str, message: &str) {
+        let name = &self.context.config.node_name;
+        let object = k8s_openapi::api::core::v1::ObjectReference {
+            kind: Some("Node".to_owned()),
+            name: Some(name.clone()),
+            uid: Some(name.clone()),
+            ..Default::default()
+        };
+        self.context.recorder.record(object, EventType::Normal, reason, message);
+    }
+
+    async fn renew(&self) -> Result<(), ApiError> {
+        let name = &self.context.config.node_name;
+        let collection = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+        let renew_time = MicroTime(Timestamp::now());
+        let body = json!({"spec": {"renewTime": renew_time}});
+        let path = format!("{collection}/{name}");
+        let result: Result<IgnoredAny, _> = self.context.api.patch(&path, PatchType::Merge, &body).await;
+        match result {
+            Err(error) if error.is_not_found() => {}
+            other => return other.map(|_| ()),
+        }
+        let lease = Lease {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                namespace: Some("kube-node-lease".to_owned()),
+                owner_references: Some(vec![OwnerReference {
+                    api_version: "v1".to_owned(),
+                    kind: "Node".to_owned(),
+                    name: name.clone(),
+                    uid: self.uid.clone(),
+                    ..OwnerReference::default()
+                }]),
+                ..ObjectMeta::default()
+            },
+            spec: Some(LeaseSpec {
+                holder_identity: Some(name.clone()),
+                lease_duration_seconds: Some(LEASE_SECONDS),
+                renew_time: Some(renew_time),
+                ..LeaseSpec::default()
+            }),
+        };
+        let _: IgnoredAny = self.context.api.create(collection, &lease).await?;
+        Ok(())
+    }
+}

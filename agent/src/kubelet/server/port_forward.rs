@@ -1,0 +1,121 @@
+//! `/portForward` over WebSocket (`v4.channel.k8s.io`): for the n-th port, channel 2n carries data and 2n+1 an error;
+//! the first frame of each names the port. kubectl's SPDY tunnelled in WebSocket is another protocol, not spoken here.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{SinkExt, StreamExt};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use k8s_openapi::api::core::v1::Pod;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedReadHalf;
+use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::protocol::Message;
+
+use super::channel::{self, Protocol, Socket};
+use super::query::Query;
+use super::{Body, Refusal};
+use crate::kubelet::containers;
+use crate::kubelet::context::Context;
+use crate::runtime::{PodSandboxFilter, PodSandboxState};
+
+const CHUNK: usize = 32 * 1024;
+
+/// Switches to WebSocket and connects to the pod's ports.
+///
+/// # Errors
+/// When no port is named or the pod has no sandbox.
+pub async fn answer(
+    context: Arc<Context>,
+    request: Request<Incoming>,
+    pod: &Pod,
+    query: &Query,
+) -> Result<Response<Body>, Refusal> {
+    let named = query.all("ports").chain(query.all("port")).flat_map(|text| text.split(','));
+    let ports: Result<Vec<u16>, _> = named.map(str::parse).collect();
+    let ports = ports.map_err(|_| Refusal::bad_request("port must be between 1 and 65535"))?;
+    if ports.is_empty() || ports.len() > 60 || ports.contains(&0) {
+        return Err(Refusal::bad_request("query parameter \"port\" is required"));
+    }
+    let filter = PodSandboxFilter {
+        pod_uid: Some(containers::uid(pod).to_owned()),
+        state: Some(PodSandboxState::Ready),
+        ..PodSandboxFilter::default()
+    };
+    let sandboxes = context.runtime.list_pod_sandboxes(&filter).await.unwrap_or_default();
+    let sandbox = sandboxes.into_iter().max_by_key(|sandbox| sandbox.metadata.attempt);
+    let sandbox = sandbox.ok_or_else(|| Refusal::not_found(format!("pod not found ({:?})", containers::uid(pod))))?;
+    let (response, protocol, socket) = channel::upgrade(request)?;
+    tokio::spawn(async move {
+        if let Ok(socket) = socket.await {
+            forward(&context, socket, protocol, &sandbox.id, &ports).await;
+        }
+    });
+    Ok(response)
+}
+
+async fn forward(context: &Context, socket: Socket, protocol: Protocol, sandbox: &str, ports: &[u16]) {
+    let (mut sink, mut source) = socket.split();
+    let (frames, mut outgoing) = mpsc::channel::<(u8, Bytes)>(8);
+    let mut writers = Vec::new();
+    for (index, port) in ports.iter().enumerate() {
+        let data = u8::try_from(index * 2).unwrap_or(0);
+        for channel in [data, data + 1] {
+            if sink.send(protocol.encode(channel, &port.to_le_bytes())).await.is_err() {
+                return;
+            }
+        }
+        match context.runtime.port_forward(sandbox, *port).await {
+            Ok(stream) => {
+                let (reader, writer) = TcpStream::into_split(stream);
+                tokio::spawn(pump(reader, data, frames.clone()));
+                writers.push(Some(writer));
+            }
+            Err(error) => {
+                writers.push(None);
+                let text = format!("error forwarding port {port} to pod {sandbox}: {error}");
+                if sink.send(protocol.encode(data + 1, text.as_bytes())).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+    drop(frames);
+    let outward = async {
+        while let Some((channel, data)) = outgoing.recv().await {
+            if sink.send(protocol.encode(channel, &data)).await.is_err() {
+                return;
+            }
+        }
+        // Every connection has ended.
+        let _ = sink.send(Message::Close(None)).await;
+    };
+    let inward = async {
+        while let Some(Ok(message)) = source.next().await {
+            if message.is_close() {
+                return;
+            }
+            let Some((channel, data)) = protocol.decode(&message) else { continue };
+            if let Some(Some(writer)) = writers.get_mut(usize::from(channel / 2)).filter(|_| channel % 2 == 0)
+                && writer.write_all(&data).await.is_err()
+            {
+                writers[usize::from(channel / 2)] = None;
+            }
+        }
+    };
+    tokio::select! {
+        () = outward => {}
+        () = inward => {}
+    }
+}
+
+async fn pump(mut reader: OwnedReadHalf, channel: u8, frames: mpsc::Sender<(u8, Bytes)>) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(read) = reader.read(&mut buffer).await {
+        if read == 0 || frames.send((channel, Bytes::copy_from_slice(&buffer[..read]))).await.is_err() {
+            return;
+        }
+    }
+}

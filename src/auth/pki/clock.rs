@@ -1,0 +1,51 @@
+//! A machine without a battery boots in 1970. Certificates made or checked with such a clock are worthless, so the server
+//! waits, says why, and goes on by itself once the clock is right.
+
+use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
+
+/// No clock is right before this: 2025-12-17, the day Kubernetes 1.35 was released (seconds since the epoch).
+const RELEASE: u64 = 1_765_929_600;
+/// How often the clock is looked at while it is wrong.
+const POLL: Duration = Duration::from_millis(500);
+
+/// The earliest plausible time: our release, or the birth of the cluster's authorities.
+pub fn earliest(authority_not_before: Option<SystemTime>) -> SystemTime {
+    let release = SystemTime::UNIX_EPOCH + Duration::from_secs(RELEASE);
+    authority_not_before.map_or(release, |born| born.max(release))
+}
+
+/// Why `now` cannot be right, for `/readyz` and the log.
+pub fn problem(now: SystemTime, earliest: SystemTime) -> Option<String> {
+    (now < earliest).then(|| {
+        let text = |time: SystemTime| jiff::Timestamp::try_from(time).map(|t| t.to_string()).unwrap_or_default();
+        format!("the system clock is wrong: it says {}, but it is later than {}", text(now), text(earliest))
+    })
+}
+
+/// Returns once the clock is plausible; while it is not, `state` holds the reason.
+pub async fn wait_until_plausible(earliest: SystemTime, state: &watch::Sender<Option<String>>) {
+    let mut announced = false;
+    while let Some(reason) = problem(SystemTime::now(), earliest) {
+        if !announced {
+            tracing::warn!(reason, "waiting for the system clock to be set");
+            announced = true;
+        }
+        state.send_replace(Some(reason));
+        tokio::time::sleep(POLL).await;
+    }
+    state.send_replace(None);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_before_the_release_or_the_authorities_is_wrong() {
+        let now = SystemTime::now();
+        assert_eq!(problem(now, earliest(None)), None);
+        assert!(problem(SystemTime::UNIX_EPOCH, earliest(None)).is_some());
+        assert!(problem(now, earliest(Some(now + Duration::from_secs(60)))).unwrap().contains("clock is wrong"));
+    }
+}

@@ -1,0 +1,229 @@
+//! Raw flags become checked settings, once. Every fault is reported in one go, with the flag, the value and what would do.
+
+use std::net::IpAddr;
+
+use anyhow::bail;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Taint;
+
+use super::args::ServerArgs;
+use crate::apiserver::names;
+use crate::server::Settings;
+
+/// Components that `--disable` knows.
+const COMPONENTS: [&str; 2] = ["coredns", "kube-proxy"];
+/// Names that k3s users disable and that Coracle never had: accepted, nothing to do.
+const ABSENT: [&str; 5] = ["traefik", "servicelb", "metrics-server", "local-storage", "runtimes"];
+
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn check<T, E: std::fmt::Display>(&mut self, flag: &str, value: &str, parsed: Result<T, E>) -> Option<T> {
+        parsed.map_err(|e| self.0.push(format!("--{flag} {value:?}: {e}"))).ok()
+    }
+}
+
+/// Checks all flags of `coracle server`.
+pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
+    let mut faults = Faults::default();
+    let name = args.node_name.clone().map_or_else(host_name, Ok)?;
+    let node_name = faults.check("node-name", &name, node_name(&name));
+    let cluster_cidr = faults.check("cluster-cidr", &args.cluster_cidr, cidr(&args.cluster_cidr, 22));
+    let service_cidr = faults.check("service-cidr", &args.service_cidr, cidr(&args.service_cidr, 28));
+    if let (Some(pods), Some(services)) = (cluster_cidr, service_cidr)
+        && (pods.contains(&services) || services.contains(&pods))
+    {
+        faults
+            .0
+            .push(format!("--cluster-cidr {pods} and --service-cidr {services} overlap; choose two separate ranges"));
+    }
+    let range = &args.service_node_port_range;
+    let node_ports = faults.check("service-node-port-range", range, port_range(range));
+    let mode = &args.write_kubeconfig_mode;
+    let kubeconfig_mode = faults.check("write-kubeconfig-mode", mode, file_mode(mode));
+    let domain = args.cluster_domain.trim_end_matches('.').to_owned();
+    faults.check("cluster-domain", &domain, domain_name(&domain));
+    let labels: Vec<_> =
+        args.node_label.iter().filter_map(|text| faults.check("node-label", text, label(text))).collect();
+    let taints: Vec<_> =
+        args.node_taint.iter().filter_map(|text| faults.check("node-taint", text, taint(text))).collect();
+    let dns = args.cluster_dns.or_else(|| service_cidr.and_then(|range| range.hosts().nth(9)));
+    if let (Some(range), Some(dns)) = (service_cidr, dns)
+        && !range.contains(&dns)
+    {
+        faults.0.push(format!("--cluster-dns {dns}: must lie in --service-cidr {range}"));
+    }
+    for san in &args.tls_san {
+        let valid = san.parse::<IpAddr>().is_ok() || domain_name(san.strip_prefix("*.").unwrap_or(san)).is_ok();
+        let valid = if valid { Ok(()) } else { Err("expected a DNS name or an IP address") };
+        faults.check("tls-san", san, valid);
+    }
+    for name in &args.disable {
+        if ABSENT.contains(&name.as_str()) {
+            tracing::warn!(name, "nothing to disable, Coracle does not have this component");
+        } else if !COMPONENTS.contains(&name.as_str()) {
+            faults.0.push(format!("--disable {name:?}: no such component; there are {}", COMPONENTS.join(", ")));
+        }
+    }
+    if args.https_listen_port == 0 {
+        faults.0.push("--https-listen-port 0: expected a port from 1 to 65535".to_owned());
+    }
+    let (
+        Some(node_name),
+        Some(cluster_cidr),
+        Some(service_cidr),
+        Some(node_ports),
+        Some(kubeconfig_mode),
+        Some(dns),
+        true,
+    ) = (node_name, cluster_cidr, service_cidr, node_ports, kubeconfig_mode, dns, faults.0.is_empty())
+    else {
+        bail!("the settings are not usable:\n  {}", faults.0.join("\n  "));
+    };
+    let disabled = |name: &str| args.disable.iter().any(|d| d == name);
+    Ok(Settings {
+        data_dir: args.data_dir,
+        bind_address: args.bind_address,
+        port: args.https_listen_port,
+        advertise_address: args.advertise_address,
+        tls_san: args.tls_san,
+        cluster_cidr,
+        service_cidr,
+        node_ports,
+        cluster_dns: dns,
+        cluster_domain: domain,
+        kubeconfig: args.write_kubeconfig,
+        kubeconfig_mode,
+        node_name,
+        node_ips: args.node_ip,
+        node_labels: labels,
+        node_taints: taints,
+        resolv_conf: args.resolv_conf,
+        agent: !args.disable_agent,
+        dns: !disabled("coredns"),
+        service_proxy: !disabled("kube-proxy"),
+    })
+}
+
+/// The host's name, in the form a Node may have.
+fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname()?;
+    Ok(name.to_string_lossy().to_lowercase())
+}
+
+fn node_name(name: &str) -> Result<String, String> {
+    domain_name(name)?;
+    Ok(name.to_owned())
+}
+
+fn domain_name(name: &str) -> Result<(), String> {
+    let label = |l: &str| {
+        !l.is_empty()
+            && l.len() <= 63
+            && l.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
+    if name.len() <= 253 && name.split('.').all(label) {
+        return Ok(());
+    }
+    Err("expected lower case letters, digits, '-' and '.', such as \"node-1\" or \"node-1.example.com\"".to_owned())
+}
+
+fn cidr(text: &str, longest: u8) -> Result<IpNet, String> {
+    let net: IpNet = text.parse().map_err(|_| "expected a range such as \"10.42.0.0/16\"".to_owned())?;
+    let IpNet::V4(v4) = net else {
+        return Err("IPv6 and dual-stack ranges are not available yet; give one IPv4 range".to_owned());
+    };
+    if v4.prefix_len() > longest {
+        return Err(format!("too small; give a range of at least /{longest}"));
+    }
+    Ok(IpNet::V4(v4.trunc()))
+}
+
+fn port_range(text: &str) -> Result<std::ops::RangeInclusive<u16>, String> {
+    let parse = |text: &str| text.trim().parse::<u16>().ok().filter(|p| *p > 0);
+    let range = text.split_once('-').and_then(|(from, to)| Some((parse(from)?, parse(to)?)));
+    match range {
+        Some((from, to)) if from <= to => Ok(from..=to),
+        _ => Err("expected two ports such as \"30000-32767\"".to_owned()),
+    }
+}
+
+fn file_mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| mode & !0o777 == 0 && mode & 0o400 != 0)
+        .ok_or_else(|| "expected an octal mode that the owner can read, such as \"0600\"".to_owned())
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    let faults: Vec<String> = names::qualified_name(key).into_iter().chain(names::label_value(value)).collect();
+    if faults.is_empty() { Ok((key.to_owned(), value.to_owned())) } else { Err(faults.join("; ")) }
+}
+
+fn taint(text: &str) -> Result<Taint, String> {
+    let (key_value, effect) = text.rsplit_once(':').ok_or("expected KEY=VALUE:EFFECT or KEY:EFFECT")?;
+    if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
+        return Err(format!("effect {effect:?} is none of NoSchedule, PreferNoSchedule, NoExecute"));
+    }
+    let (key, value) = key_value.split_once('=').unwrap_or((key_value, ""));
+    let (key, value) = label(&format!("{key}={value}"))?;
+    let value = Some(value).filter(|v| !v.is_empty());
+    Ok(Taint { key, value, effect: effect.to_owned(), time_added: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use clap::Parser;
+
+    fn parse(flags: &[&str]) -> anyhow::Result<Settings> {
+        let argv = ["coracle", "server", "--node-name=n1"].iter().chain(flags);
+        match Cli::try_parse_from(argv)?.command {
+            Command::Server(args) => check(*args),
+            other => bail!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_k3s() {
+        let settings = parse(&[]).unwrap();
+        assert_eq!(settings.cluster_dns.to_string(), "10.43.0.10");
+        assert_eq!((settings.node_ports, settings.kubeconfig_mode), (30000..=32767, 0o600));
+        assert!(settings.agent && settings.dns && settings.service_proxy);
+    }
+
+    #[test]
+    fn all_faults_are_reported_together_with_what_would_do() {
+        let flags = [
+            "--cluster-cidr=10.0.0.0/8",
+            "--service-cidr=10.43.0.0/16",
+            "--service-node-port-range=9-1",
+            "--write-kubeconfig-mode=9",
+            "--node-label=a",
+            "--node-taint=a=b:Sometimes",
+            "--disable=nonsense",
+            "--cluster-dns=1.2.3.4",
+            "--tls-san=-",
+            "--cluster-domain=X",
+        ];
+        let text = parse(&flags).unwrap_err().to_string();
+        for part in [
+            "overlap",
+            "--service-node-port-range \"9-1\": expected two ports",
+            "--write-kubeconfig-mode \"9\"",
+            "--node-label \"a\": expected KEY=VALUE",
+            "effect \"Sometimes\"",
+            "--disable \"nonsense\"",
+            "--cluster-dns 1.2.3.4: must lie in",
+            "--tls-san \"-\"",
+            "--cluster-domain \"X\"",
+        ] {
+            assert!(text.contains(part), "{part} is missing in: {text}");
+        }
+    }
+}
