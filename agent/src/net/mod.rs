@@ -6,8 +6,28 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`config`] | [`NetworkConfig`]: what a node's network is told once |
+//! | [`network`] | [`Network`]: the handle behind [`PodNetwork`] |
+//! | [`host`] | forwarding, the route to Services, the DNS address |
+//! | [`sysctl`] | changed kernel settings and what they were |
+//! | [`ipam`] | pod addresses and attachments on disk |
+//! | [`attach`] | one pod's veth pair |
+//! | [`proxy`] | Services and EndpointSlices to nftables |
+//! | [`nft`] | nftables transactions |
+//! | [`netlink`] | sockets, messages, links, routes, conntrack |
+//! | [`names`] | names of links and tables, gateway addresses |
+//! | [`teardown`] | what `coracle uninstall` calls |
 
+pub mod attach;
 pub mod config;
+pub mod host;
+pub mod ipam;
+pub mod names;
+pub mod netlink;
+pub mod network;
+pub mod nft;
+pub mod proxy;
+pub mod sysctl;
+pub mod teardown;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -16,6 +36,8 @@ use std::path::PathBuf;
 use futures::future::BoxFuture;
 
 pub use config::NetworkConfig;
+pub use network::{Network, Parts};
+pub use teardown::teardown;
 
 /// What the runtime asks for when a sandbox's network namespace exists and is pinned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +88,7 @@ pub struct PodAddresses {
     pub ips: Vec<IpAddr>,
 }
 
-/// Joins pods to the network. One implementation is [`config`]'s node network; tests have fakes.
+/// Joins pods to the network. [`Network`] is the one of nodes; tests of others have fakes.
 ///
 /// Every method is idempotent: `attach` of an attached pod gives the same addresses again (and mends what is
 /// missing), `detach` of an unknown pod is no error.
@@ -123,3 +145,6 @@ pub enum NetworkError {
         source: std::io::Error,
     },
 }
+
+#[cfg(test)]
+mod tests;

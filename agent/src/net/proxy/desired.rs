@@ -1,0 +1,307 @@
+//! What one Service wants in the kernel. Pure: models in, elements and chains out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use sha2::{Digest, Sha256};
+
+use super::super::Protocol;
+use super::super::nft::expr::{Address, Expr};
+use super::super::nft::{ElementData, Family};
+use super::super::netlink::route::octets;
+use super::model::{Endpoint, Key, Service, ServicePort, Slice};
+use super::tables::{Balancer, Map, address_registers, mark_for_masquerade};
+
+/// Where an element lives, and its key in register layout.
+pub type ElementKey = (Family, Map, Vec<u8>);
+
+/// Everything that one Service puts into the tables.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Contribution {
+    /// Elements of the fixed maps.
+    pub elements: BTreeMap<ElementKey, ElementData>,
+    /// Shared chains that the elements go to.
+    pub balancers: BTreeSet<(Family, Balancer, u32)>,
+    /// Chains of its own (session affinity).
+    pub chains: BTreeMap<(Family, String), Vec<Vec<Expr>>>,
+    /// Dynamic sets of its own, with their seconds.
+    pub sets: BTreeMap<(Family, String), u32>,
+}
+
+/// A transport address that can be claimed by one Service only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frontend {
+    /// The address, or the family of the node's addresses for a node port.
+    pub at: At,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+}
+
+/// See [`Frontend`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum At {
+    /// An address of `spec.clusterIPs`.
+    Cluster(IpAddr),
+    /// An external address.
+    External(IpAddr),
+    /// All addresses of the node.
+    Node(Family),
+}
+
+impl Frontend {
+    fn family(&self) -> Family {
+        match self.at {
+            At::Cluster(ip) | At::External(ip) => Family::of(ip),
+            At::Node(family) => family,
+        }
+    }
+
+    /// The part of a map's key that names the frontend.
+    fn key(&self) -> Vec<u8> {
+        match self.at {
+            At::Cluster(ip) | At::External(ip) => address_key(ip, self.protocol, self.port),
+            At::Node(_) => port_key(self.protocol, self.port),
+        }
+    }
+}
+
+/// Number of a transport protocol.
+pub fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => libc::IPPROTO_TCP as u8,
+        Protocol::Udp => libc::IPPROTO_UDP as u8,
+        Protocol::Sctp => libc::IPPROTO_SCTP as u8,
+    }
+}
+
+/// protocol . port in register layout.
+pub fn port_key(protocol: Protocol, port: u16) -> Vec<u8> {
+    let [high, low] = port.to_be_bytes();
+    vec![protocol_number(protocol), 0, 0, 0, high, low, 0, 0]
+}
+
+/// address . protocol . port in register layout.
+pub fn address_key(ip: IpAddr, protocol: Protocol, port: u16) -> Vec<u8> {
+    let mut key = octets(ip);
+    key.extend(port_key(protocol, port));
+    key
+}
+
+/// address . port in register layout.
+pub fn target(ip: IpAddr, port: u16) -> Vec<u8> {
+    let mut value = octets(ip);
+    let [high, low] = port.to_be_bytes();
+    value.extend([high, low, 0, 0]);
+    value
+}
+
+/// Every frontend that a Service asks for, `families` being those that have tables.
+pub fn frontends(service: &Service, families: &[Family]) -> Vec<Frontend> {
+    let mut found = Vec::new();
+    for port in &service.ports {
+        let mut add = |at, number| {
+            let frontend = Frontend { at, protocol: port.protocol, port: number };
+            if families.contains(&frontend.family()) {
+                found.push(frontend);
+            }
+        };
+        service.cluster_ips.iter().for_each(|ip| add(At::Cluster(*ip), port.port));
+        service.external_ips.iter().for_each(|ip| add(At::External(*ip), port.port));
+        if let Some(node_port) = port.node_port {
+            // Node ports answer in the families that the Service has.
+            let own: BTreeSet<Family> = service.cluster_ips.iter().map(|ip| Family::of(*ip)).collect();
+            own.into_iter().for_each(|family| add(At::Node(family), node_port));
+        }
+    }
+    found
+}
+
+/// The endpoints that a port's traffic goes to: ready ones, or, when there is none, those that still serve while they
+/// terminate (KEP-1669).
+pub fn usable(endpoints: &[(Endpoint, u16)], local_only: bool) -> Vec<(IpAddr, u16)> {
+    let pick = |wanted: fn(&Endpoint) -> bool| {
+        let found: BTreeSet<(IpAddr, u16)> = endpoints
+            .iter()
+            .filter(|(endpoint, _)| wanted(endpoint) && (endpoint.local || !local_only))
+            .map(|(endpoint, port)| (endpoint.ip, *port))
+            .collect();
+        found.into_iter().collect::<Vec<_>>()
+    };
+    let ready = pick(|endpoint| endpoint.ready);
+    if ready.is_empty() { pick(|endpoint| endpoint.serving && endpoint.terminating) } else { ready }
+}
+
+/// Endpoints of one port in one family, with their port numbers.
+pub fn endpoints_of<'a>(
+    port: &ServicePort,
+    family: Family,
+    slices: impl Iterator<Item = &'a Slice>,
+) -> Vec<(Endpoint, u16)> {
+    let mut found = Vec::new();
+    for slice in slices {
+        let numbers = slice.ports.iter().filter(|other| other.name == port.name && other.protocol == port.protocol);
+        for number in numbers {
+            let own = slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.ip) == family);
+            found.extend(own.map(|endpoint| (endpoint.clone(), number.port)));
+        }
+    }
+    found
+}
+
+/// What depends on the node only.
+#[derive(Debug, Clone, Default)]
+pub struct NodeFacts {
+    /// Families that have tables.
+    pub families: Vec<Family>,
+    /// Addresses whose frontends a local socket answers.
+    pub cluster_dns: Vec<IpAddr>,
+}
+
+/// What `service` wants in the kernel, given its slices, for the frontends that it has been granted.
+pub fn contribution<'a>(
+    key: &Key,
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
+    node: &NodeFacts,
+    granted: impl Fn(&Frontend) -> bool,
+) -> Contribution {
+    let mut out = Contribution::default();
+    for family in &node.families {
+        for port in &service.ports {
+            let all = endpoints_of(port, *family, slices.clone());
+            let cluster = usable(&all, false);
+            let local = usable(&all, true);
+            let mut builder = Builder { key, service, port, family: *family, out: &mut out };
+            let own = Service { ports: vec![port.clone()], ..service.clone() };
+            for frontend in frontends(&own, &[*family]).into_iter().filter(|frontend| granted(frontend)) {
+                let (balancer, local_balancer) = match frontend.at {
+                    At::Cluster(ip) => {
+                        if !node.cluster_dns.contains(&ip) {
+                            let chosen = if service.internal_local { &local } else { &cluster };
+                            if chosen.is_empty() && !cluster.is_empty() {
+                                builder.silence(&frontend);
+                            } else {
+                                builder.frontend(&frontend, Balancer::Cluster, chosen);
+                            }
+                        }
+                        continue;
+                    }
+                    At::External(_) => (Balancer::External, Balancer::LocalExternal),
+                    At::Node(_) => (Balancer::NodePort, Balancer::LocalNodePort),
+                };
+                builder.frontend(&frontend, balancer, &cluster);
+                if service.external_local && !cluster.is_empty() {
+                    builder.frontend(&frontend, local_balancer, &local);
+                }
+            }
+        }
+    }
+    out
+}
+
+struct Builder<'a> {
+    key: &'a Key,
+    service: &'a Service,
+    port: &'a ServicePort,
+    family: Family,
+    out: &'a mut Contribution,
+}
+
+impl Builder<'_> {
+    fn frontend(&mut self, frontend: &Frontend, balancer: Balancer, endpoints: &[(IpAddr, u16)]) {
+        let map = balancer.frontends();
+        let key = frontend.key();
+        let count = u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
+        if count == 0 {
+            self.nobody(frontend, balancer, key);
+            return;
+        }
+        if let Some(seconds) = self.service.affinity {
+            let chain = self.affinity(balancer, endpoints, seconds);
+            self.out.elements.insert((self.family, map, key), ElementData::Goto(chain));
+            return;
+        }
+        self.out.balancers.insert((self.family, balancer, count));
+        for (index, (ip, port)) in (0_u32..).zip(endpoints) {
+            let indexed = [&key[..], &index.to_ne_bytes()].concat();
+            let value = ElementData::Value(target(*ip, *port));
+            self.out.elements.insert((self.family, balancer.endpoints(), indexed), value);
+        }
+        self.out.elements.insert((self.family, map, key), ElementData::Goto(balancer.chain(count)));
+    }
+
+    /// With `internalTrafficPolicy: Local` and endpoints on other nodes only: dropped, not refused.
+    fn silence(&mut self, frontend: &Frontend) {
+        self.out.elements.insert((self.family, Map::Services, frontend.key()), ElementData::Drop);
+    }
+
+    /// A frontend without endpoints. What is in the service range is refused by a fixed rule.
+    fn nobody(&mut self, frontend: &Frontend, balancer: Balancer, key: Vec<u8>) {
+        let (map, data) = match (frontend.at, balancer) {
+            // Endpoints exist on other nodes: silence makes a load balancer look elsewhere.
+            (_, Balancer::LocalExternal | Balancer::LocalNodePort) => (balancer.frontends(), ElementData::Drop),
+            (At::Cluster(_), _) => return,
+            (At::External(_), _) => (Map::NoEndpoints, ElementData::None),
+            (At::Node(_), _) => (Map::NoEndpointNodePorts, ElementData::None),
+        };
+        self.out.elements.insert((self.family, map, key), data);
+    }
+
+    /// Chains and sets that keep a client with its endpoint; returns the chain to go to.
+    fn affinity(&mut self, balancer: Balancer, endpoints: &[(IpAddr, u16)], seconds: u32) -> String {
+        let scope = match balancer {
+            Balancer::Cluster | Balancer::External | Balancer::NodePort => {
+                if balancer == Balancer::Cluster && self.service.internal_local { "local" } else { "cluster" }
+            }
+            Balancer::LocalExternal | Balancer::LocalNodePort => "local",
+        };
+        let name = |endpoint: Option<&(IpAddr, u16)>| {
+            let mut hash = Sha256::new();
+            hash.update(format!("{}:{}:{:?}:{scope}", self.key, self.port.name, self.port.protocol));
+            if let Some((ip, port)) = endpoint {
+                hash.update(format!(":{ip}:{port}"));
+            }
+            let digest = hash.finalize();
+            digest[..6].iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        };
+        let service_chain = format!("affinity-{}", name(None));
+        let mut rules = Vec::new();
+        for endpoint in endpoints {
+            let id = name(Some(endpoint));
+            let (chain, set) = (format!("endpoint-{id}"), format!("clients-{id}"));
+            let client = Expr::Address(Address::Source, 0);
+            rules.push(vec![client.clone(), Expr::InSet(0, set.clone()), Expr::Goto(chain.clone())]);
+            let port = address_registers(self.family);
+            let steps = vec![
+                vec![client, Expr::Update(0, set.clone())],
+                vec![
+                    Expr::Immediate(0, octets(endpoint.0)),
+                    Expr::Immediate(port, endpoint.1.to_be_bytes().to_vec()),
+                    Expr::Dnat(0, port),
+                ],
+            ];
+            self.out.sets.insert((self.family, set), seconds);
+            self.out.chains.insert((self.family, chain), steps);
+        }
+        // A new client: the first endpoint with chance 1/n, the next with 1/(n-1), …
+        for (left, endpoint) in (1..=endpoints.len()).rev().zip(endpoints) {
+            let goto = Expr::Goto(format!("endpoint-{}", name(Some(endpoint))));
+            let rule = if left == 1 {
+                vec![goto]
+            } else {
+                vec![Expr::Random(left as u32, 0), Expr::Equal(0, 0_u32.to_ne_bytes().to_vec()), goto]
+            };
+            rules.push(rule);
+        }
+        self.out.chains.insert((self.family, service_chain.clone()), rules);
+        if !balancer.masquerades() {
+            return service_chain;
+        }
+        let external = format!("affinity-external-{}", name(None));
+        let steps = vec![mark_for_masquerade(), vec![Expr::Goto(service_chain)]];
+        self.out.chains.insert((self.family, external.clone()), steps);
+        external
+    }
+}

@@ -1,0 +1,307 @@
+//! The service proxy: Services and EndpointSlices in, nftables out.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`model`] | what is kept of the API objects |
+//! | [`desired`] | what one Service wants in the kernel (pure) |
+//! | [`plan`] | the state of all, and the difference to the kernel's (pure) |
+//! | [`tables`] | the fixed maps, chains and rules |
+//! | [`kernel`] | transactions on the tables of this instance |
+//!
+//! | task | owns | lives |
+//! | --- | --- | --- |
+//! | two watchers | a watch each | until shutdown |
+//! | thread `service-proxy` | plan and netlink socket | until every sender is gone |
+
+pub mod desired;
+pub mod kernel;
+pub mod model;
+pub mod plan;
+pub mod tables;
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::config::NetworkConfig;
+use super::nft::Family;
+use crate::watch::{Event, Target, Watcher};
+use desired::NodeFacts;
+use kernel::Kernel;
+use model::{Key, Service, Slice};
+use plan::{LocalPod, Plan};
+use tables::Settings;
+
+/// A sync begins when nothing new came for so long …
+const QUIET: Duration = Duration::from_millis(4);
+/// … or so long after the first change.
+const LATEST: Duration = Duration::from_millis(25);
+/// Pause after the kernel refused a rebuild.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the proxy's thread is told.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// From the watch of Services.
+    Service(Event),
+    /// From the watch of EndpointSlices.
+    Slice(Event),
+    /// A pod was attached or (`None`) detached.
+    Pod(String, Option<LocalPod>),
+    /// Answer when everything said before is in the kernel.
+    #[cfg(test)]
+    Barrier(Sender<Option<String>>),
+}
+
+/// Starts the proxy. What the returned sender is told before any Service is known takes effect together with them.
+pub(super) fn start(
+    config: &NetworkConfig,
+    client: kube::Client,
+    shutdown: &CancellationToken,
+) -> std::io::Result<Sender<Input>> {
+    let (sender, receiver) = channel();
+    spawn_thread(config, receiver)?;
+    watch(client.clone(), "/api/v1/services", sender.clone(), shutdown.clone(), Input::Service);
+    watch(client, "/apis/discovery.k8s.io/v1/endpointslices", sender.clone(), shutdown.clone(), Input::Slice);
+    Ok(sender)
+}
+
+pub(super) fn spawn_thread(config: &NetworkConfig, receiver: Receiver<Input>) -> std::io::Result<()> {
+    let kernel = Kernel::open(super::names::table(&config.instance_id), settings(config))?;
+    let facts = NodeFacts { families: families(config), cluster_dns: config.cluster_dns.clone() };
+    let worker = Worker {
+        plan: Plan::new(facts),
+        kernel,
+        node_name: config.node_name.clone(),
+        receiver,
+        listed: Listed::default(),
+        built: false,
+        barriers: Vec::new(),
+        refused: None,
+    };
+    std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run())?;
+    Ok(())
+}
+
+/// Families that the cluster uses.
+fn families(config: &NetworkConfig) -> Vec<Family> {
+    let used: BTreeSet<Family> = config.service_cidrs.iter().map(|cidr| Family::of(cidr.addr())).collect();
+    used.into_iter().collect()
+}
+
+fn settings(config: &NetworkConfig) -> Vec<Settings> {
+    let of = |family| {
+        let cidr = |ranges: &[ipnet::IpNet]| ranges.iter().copied().find(|range| Family::of(range.addr()) == family);
+        let ip = |ips: &[std::net::IpAddr]| ips.iter().copied().find(|ip| Family::of(*ip) == family);
+        Settings {
+            family,
+            cluster_cidr: cidr(&config.cluster_cidrs),
+            service_cidr: cidr(&config.service_cidrs),
+            cluster_dns: ip(&config.cluster_dns),
+            node_ip: ip(&config.node_ips),
+        }
+    };
+    families(config).into_iter().map(of).collect()
+}
+
+fn watch(client: kube::Client, path: &str, to: Sender<Input>, shutdown: CancellationToken, wrap: fn(Event) -> Input) {
+    let mut watcher = Watcher::new(client, Target::all(path));
+    tokio::spawn(async move {
+        loop {
+            let event = tokio::select! {
+                () = shutdown.cancelled() => return,
+                event = watcher.next() => event,
+            };
+            if to.send(wrap(event)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// What the lists in progress have not shown yet, and which lists are complete.
+#[derive(Debug, Default)]
+struct Listed {
+    services: Option<BTreeSet<Key>>,
+    slices: Option<BTreeSet<Key>>,
+    services_once: bool,
+    slices_once: bool,
+}
+
+struct Worker {
+    plan: Plan,
+    kernel: Kernel,
+    node_name: String,
+    receiver: Receiver<Input>,
+    listed: Listed,
+    /// The kernel holds what the plan says.
+    built: bool,
+    barriers: Vec<Sender<Option<String>>>,
+    /// Why the kernel does not hold what the plan says.
+    refused: Option<String>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        self.before_first_list();
+        loop {
+            let input = if self.wants_rebuild() { self.receiver.recv_timeout(RETRY) } else { self.wait() };
+            match input {
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.coalesce();
+            if self.is_ready() {
+                self.sync();
+                self.barriers.drain(..).for_each(|barrier| {
+                    let _ = barrier.send(self.refused.clone());
+                });
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<Input, RecvTimeoutError> {
+        self.receiver.recv().map_err(|_| RecvTimeoutError::Disconnected)
+    }
+
+    /// A new node's pods need the fixed rules (masquerade) before the API answers; after a restart the rules of before
+    /// do until then.
+    fn before_first_list(&mut self) {
+        match self.kernel.exists() {
+            Ok(true) => {}
+            Ok(false) => {
+                let everything = self.plan.everything();
+                if let Err(error) = self.kernel.rebuild(&everything) {
+                    tracing::error!(error = %describe(&error), "cannot write nftables");
+                }
+            }
+            Err(error) => tracing::error!(error = %describe(&error), "cannot read nftables"),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.listed.services_once && self.listed.slices_once
+    }
+
+    fn wants_rebuild(&self) -> bool {
+        self.is_ready() && !self.built
+    }
+
+    /// Takes what follows shortly.
+    fn coalesce(&mut self) {
+        let latest = Instant::now() + LATEST;
+        while let Some(left) = latest.checked_duration_since(Instant::now()) {
+            match self.receiver.recv_timeout(left.min(QUIET)) {
+                Ok(input) => self.take(input),
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Service(event) => self.service(event),
+            Input::Slice(event) => self.slice(event),
+            Input::Pod(uid, pod) => self.plan.set_pod(&uid, pod),
+            #[cfg(test)]
+            Input::Barrier(sender) => self.barriers.push(sender),
+        }
+    }
+
+    fn service(&mut self, event: Event) {
+        match event {
+            Event::Restarted => self.listed.services = Some(self.plan.service_keys().into_iter().collect()),
+            Event::Synced => {
+                self.listed.services_once = true;
+                for key in self.listed.services.take().unwrap_or_default() {
+                    self.plan.set_service(&key, None);
+                }
+            }
+            Event::Applied(object) => {
+                let key = Key { namespace: object.namespace, name: object.name };
+                if let Some(unseen) = &mut self.listed.services {
+                    unseen.remove(&key);
+                }
+                match Service::parse(&object.json) {
+                    Ok(service) => self.plan.set_service(&key, service),
+                    Err(error) => tracing::warn!(service = %key, %error, "cannot read Service"),
+                }
+            }
+            Event::Deleted(object) => {
+                self.plan.set_service(&Key { namespace: object.namespace, name: object.name }, None);
+            }
+        }
+    }
+
+    fn slice(&mut self, event: Event) {
+        match event {
+            Event::Restarted => self.listed.slices = Some(self.plan.slice_keys().into_iter().collect()),
+            Event::Synced => {
+                self.listed.slices_once = true;
+                for key in self.listed.slices.take().unwrap_or_default() {
+                    self.plan.set_slice(&key, None);
+                }
+            }
+            Event::Applied(object) => {
+                let key = Key { namespace: object.namespace, name: object.name };
+                if let Some(unseen) = &mut self.listed.slices {
+                    unseen.remove(&key);
+                }
+                match Slice::parse(&object.json, &self.node_name) {
+                    Ok(slice) => self.plan.set_slice(&key, slice),
+                    Err(error) => tracing::warn!(slice = %key, %error, "cannot read EndpointSlice"),
+                }
+            }
+            Event::Deleted(object) => {
+                self.plan.set_slice(&Key { namespace: object.namespace, name: object.name }, None);
+            }
+        }
+    }
+
+    /// Brings the kernel to what the plan says.
+    fn sync(&mut self) {
+        let started = Instant::now();
+        let diff = self.plan.take();
+        if self.built && diff.is_empty() && diff.datagrams.is_empty() {
+            return;
+        }
+        if self.built
+            && let Err(error) = self.kernel.apply(&diff)
+        {
+            tracing::warn!(error = %describe(&error), "nftables refused a change, rebuilding");
+            self.built = false;
+        }
+        if !self.built {
+            let everything = self.plan.everything();
+            if let Err(error) = self.kernel.rebuild(&everything) {
+                let error = describe(&error);
+                tracing::error!(%error, "cannot write nftables");
+                self.refused = Some(error);
+                return;
+            }
+            self.refused = None;
+            self.built = true;
+        }
+        match self.kernel.forget_datagrams(&diff) {
+            Ok(flows) => {
+                let (added, removed) = diff.counts();
+                tracing::debug!(added, removed, flows, elapsed = ?started.elapsed(), "services synced");
+            }
+            Err(error) => tracing::warn!(error = %describe(&error), "cannot forget stale UDP connections"),
+        }
+    }
+}
+
+/// An error with its causes.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
