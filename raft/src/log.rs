@@ -19,7 +19,7 @@ use crate::entry::{
 use crate::wal::{Done, Wal};
 
 /// Entries kept in memory after they are written, in bytes.
-const CACHE: usize = 4 << 20;
+const CACHE: usize = 1 << 20;
 /// Bytes of entries handed out at once when the reader need not have them all.
 const CHUNK: usize = 1 << 20;
 

@@ -5,6 +5,7 @@
 //! remove compacted history.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -84,7 +85,8 @@ impl ApplyThread {
     pub fn start(writer: Writer, broken: impl FnOnce() + Send + 'static) -> io::Result<ApplyThread> {
         let (jobs, queue) = mpsc::channel();
         let thread = std::thread::Builder::new().name("coracle-apply".to_owned()).spawn(move || {
-            let served = serve(writer, &queue);
+            let served = catch_unwind(AssertUnwindSafe(|| serve(writer, &queue)));
+            let served = served.unwrap_or_else(|_| Err(io::Error::other("the engine panicked")));
             if let Err(error) = &served {
                 tracing::error!(%error, "the state engine failed; the state is rebuilt at the next start");
                 broken();
@@ -290,5 +292,32 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         self.snapshots.replace(file.clone());
         self.snapshots.growth.forget(self.grown);
         Ok(to_raft(file))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use coracle_store::{Options, Store};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_can_not_be_applied_ends_the_thread_and_the_trust_in_its_state() {
+        let (_store, writer) = Store::open(Options::memory()).unwrap();
+        let broken = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let broken = broken.clone();
+            ApplyThread::start(writer, move || broken.store(true, Ordering::SeqCst)).unwrap()
+        };
+        let item = Item { encoded: Bytes::from_static(&[2, 0, 0, 0, 77, 0]), reply: Mutex::new(None) };
+        let proposals = vec![Proposal { items: Arc::new([item]) }];
+        let job = |done| Job::Apply { proposals, meta: Bytes::new(), done };
+        let error = thread.ask(job).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("newer version"), "{error}");
+        assert!(thread.ask(Job::Pin).await.is_err());
+        assert!(thread.stop().is_err());
+        assert!(broken.load(Ordering::SeqCst));
     }
 }

@@ -1,15 +1,14 @@
 //! Proposals: concurrent commands travel together in one log entry.
 //!
-//! One task gathers what is waiting. While fewer than [`IN_FLIGHT`] entries are on their way, whatever waits is proposed
-//! at once, so a lone command never waits for company; under load the entries fill while earlier ones are synced.
+//! One task proposes whatever waits as one entry, and meanwhile the next one gathers: a lone command never waits for
+//! company, and under load entries grow by themselves. A second entry on its way at the same time would only split what
+//! one sync and one batch of the engine do for all (measured: 70 us of processor time a put with one, 130 with three).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use coracle_store::types::Refusal;
 use coracle_store::{Command, Response};
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
 use tokio::sync::{mpsc, oneshot};
@@ -17,11 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 use crate::entry::{Item, Proposal, TypeConfig};
 use crate::node::Engine;
 
-/// Entries on their way at once: one being synced, one being applied, one waiting for the disk.
-const IN_FLIGHT: usize = 3;
 /// An entry is not made longer than this in commands or bytes, but a single command may be.
-const MAX_COMMANDS: usize = 512;
-const MAX_BYTES: usize = 1 << 20;
+const MAX_COMMANDS: usize = 1024;
+const MAX_BYTES: usize = 2 << 20;
 /// Commands that may wait; beyond it callers do.
 const MAX_WAITING: usize = 4096;
 /// Longest command in bytes.
@@ -88,22 +85,18 @@ impl Proposer {
 async fn run(raft: Engine, mut queue: mpsc::Receiver<Item>) {
     let mut waiting: VecDeque<Item> = VecDeque::new();
     let mut received = Vec::new();
-    let mut in_flight = FuturesUnordered::new();
     loop {
-        while in_flight.len() < IN_FLIGHT && !waiting.is_empty() {
-            in_flight.push(propose(raft.clone(), next_proposal(&mut waiting)));
+        if waiting.is_empty() && queue.recv_many(&mut received, MAX_COMMANDS).await == 0 {
+            return;
         }
-        tokio::select! {
-            Some(()) = in_flight.next() => {}
-            count = queue.recv_many(&mut received, MAX_WAITING), if waiting.len() < MAX_WAITING => {
-                if count == 0 {
-                    break;
-                }
-                waiting.extend(received.drain(..));
-            }
+        waiting.extend(received.drain(..));
+        while waiting.len() < MAX_COMMANDS
+            && let Ok(item) = queue.try_recv()
+        {
+            waiting.push_back(item);
         }
+        propose(&raft, next_proposal(&mut waiting)).await;
     }
-    while in_flight.next().await.is_some() {}
 }
 
 fn next_proposal(waiting: &mut VecDeque<Item>) -> Proposal {
@@ -120,7 +113,7 @@ fn next_proposal(waiting: &mut VecDeque<Item>) -> Proposal {
 }
 
 /// Proposes one entry and waits for its end. The apply thread has answered by then if all went well.
-async fn propose(raft: Engine, proposal: Proposal) {
+async fn propose(raft: &Engine, proposal: Proposal) {
     let items = Arc::clone(&proposal.items);
     let (responder, done) = ProgressResponder::<TypeConfig, _>::complete_only();
     let error = match raft.client_write_ff(proposal, Some(responder)).await {

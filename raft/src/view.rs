@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use coracle_store::{Options, Store, StoreError, Writer};
@@ -102,6 +103,9 @@ impl View {
 
     /// The state must not be used again.
     pub fn distrust(&self) {
+        if self.directory.is_none() {
+            return;
+        }
         if let Err(error) = fs::remove_file(self.parent.join(MARKER)) {
             tracing::warn!(%error, "removing the marker of a broken state failed");
         }
@@ -130,7 +134,8 @@ pub(crate) fn open(
     {
         // A power cut from here on must not find the word "clean".
         view.mark(&marker.directory, false)?;
-        match reopen(options(&marker.directory), snapshot, wal) {
+        let reopening = || reopen(options(&marker.directory), snapshot, wal);
+        match catch_unwind(AssertUnwindSafe(reopening)).unwrap_or(Err("reading it panicked")) {
             Ok((store, writer, applied)) => {
                 remove_others(parent, &marker.directory);
                 view.directory = Some(marker.directory);

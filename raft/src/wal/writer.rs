@@ -33,6 +33,8 @@ pub(crate) struct Request {
 
 /// Bytes taken into one write before the rest waits for the next.
 const MAX_WRITE: usize = 4 << 20;
+/// A write buffer grown larger than this is given back.
+const KEPT_BUFFER: usize = 1 << 20;
 
 pub(crate) struct LogThread {
     pub dir: PathBuf,
@@ -135,7 +137,7 @@ impl LogThread {
         file.write_all_at(&self.buffer, u64::from(self.tail))?;
         (self.sync)(file)?;
         self.tail += self.buffer.len() as u32;
-        if self.buffer.capacity() > MAX_WRITE {
+        if self.buffer.capacity() > KEPT_BUFFER {
             self.buffer = Vec::new();
         }
         Ok(())
