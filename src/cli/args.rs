@@ -27,10 +27,14 @@ pub struct Cli {
 pub enum Command {
     /// Run a server: API, controllers, scheduler, and a node unless --disable-agent
     Server(Box<ServerArgs>),
+    /// List, import and remove container images of this machine
+    Images(ImagesArgs),
     /// Run kubectl against the server of this machine
     Kubectl(KubectlArgs),
     /// Check that this machine's kernel has what Coracle needs
     CheckConfig,
+    /// Stop an instance and remove everything it made; asks nothing
+    Uninstall(UninstallArgs),
     /// Print a completion script for a shell
     Completion {
         /// bash, zsh, fish, elvish or powershell

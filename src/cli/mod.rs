@@ -7,14 +7,18 @@
 //! | [`args`] | every command and flag, once: help, completion and configuration keys follow from it |
 //! | [`config_file`] | the YAML file and its drop-ins; keys are the flag names |
 //! | [`settings`] | raw flags become checked [`crate::server::Settings`], all faults reported together |
+//! | [`images`] | `coracle images` |
 //! | [`kubectl`] | `coracle kubectl` |
 //! | [`check_config`] | `coracle check-config` |
+//! | [`uninstall`] | `coracle uninstall` |
 
 pub mod args;
 pub mod check_config;
 pub mod config_file;
+pub mod images;
 pub mod kubectl;
 pub mod settings;
+pub mod uninstall;
 
 use std::process::ExitCode;
 
@@ -67,6 +71,8 @@ fn run() -> anyhow::Result<ExitCode> {
             let settings = settings::check(*args)?;
             runtime()?.block_on(crate::server::run(settings))?;
         }
+        Command::Images(args) => return images::run(args),
+        Command::Uninstall(args) => return uninstall::run(args),
         Command::Kubectl(args) => return kubectl::run(args),
         Command::CheckConfig => return check_config::run(),
         Command::Completion { shell } => {

@@ -1,0 +1,141 @@
+//! `coracle uninstall`: stops an instance and removes everything it made. Goes on after errors and reports them all.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use coracle_agent::instance::Instance;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::args::{DATA_DIR, KUBECONFIG, UninstallArgs};
+use super::kubectl;
+use crate::server::lock::DataDirLock;
+
+const UNIT: &str = "/etc/systemd/system/coracle.service";
+const BINARY: &str = "/usr/local/bin/coracle";
+/// How long a server may take to stop before it is killed.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs the command.
+pub fn run(args: UninstallArgs) -> anyhow::Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("uninstall needs root: run it with sudo");
+    }
+    let whole = args.data_dir.is_none();
+    let data_dir = args.data_dir.unwrap_or_else(|| PathBuf::from(DATA_DIR));
+    if !whole && !data_dir.exists() {
+        bail!("--data-dir {:?}: there is no such folder", data_dir.display());
+    }
+    let mut errors = Vec::new();
+    if whole {
+        stop_unit(&mut errors);
+    }
+    // The name of an instance follows from its folder, so it is taken before the folder goes.
+    let instance = Instance::of(&data_dir);
+    stop_server(&data_dir, &mut errors);
+    let say = |errors: &mut Vec<String>, error: anyhow::Error| errors.push(super::explain(&error));
+    for error in coracle_agent::runtime::purge(&instance.run_dir(), &instance.scoped_name()) {
+        say(&mut errors, error.into());
+    }
+    for error in coracle_agent::net::teardown(instance.id(), &data_dir.join("agent")) {
+        say(&mut errors, error.into());
+    }
+    if let Err(error) = unmount_below(&data_dir) {
+        errors.push(error);
+    }
+    remove(&data_dir, &mut errors);
+    if whole {
+        for path in [Path::new(KUBECONFIG).parent().unwrap_or(Path::new("/etc/coracle")), Path::new(BINARY)] {
+            remove(path, &mut errors);
+        }
+    }
+    // Shared by all instances: it goes with the last one.
+    let _ = std::fs::remove_dir("/run/coracle");
+    if errors.is_empty() {
+        println!("removed the instance of {}", data_dir.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    for error in &errors {
+        eprintln!("coracle: {error}");
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn stop_unit(errors: &mut Vec<String>) {
+    if !Path::new(UNIT).exists() {
+        return;
+    }
+    let Some(systemctl) = kubectl::find("systemctl") else { return };
+    for args in [&["disable", "--now", "coracle"][..], &["reset-failed", "coracle"]] {
+        let _ = Command::new(&systemctl).args(args).output();
+    }
+    for path in [UNIT.to_owned(), format!("{UNIT}.env")] {
+        remove(Path::new(&path), errors);
+    }
+    let _ = Command::new(&systemctl).arg("daemon-reload").output();
+}
+
+fn stop_server(data_dir: &Path, errors: &mut Vec<String>) {
+    let Some(pid) = DataDirLock::holder(data_dir) else { return };
+    println!("stopping the server with pid {pid}");
+    let begin = Instant::now();
+    let mut signal = Signal::SIGTERM;
+    while DataDirLock::holder(data_dir) == Some(pid) {
+        if begin.elapsed() > STOP_PATIENCE {
+            signal = Signal::SIGKILL;
+        }
+        if begin.elapsed() > 2 * STOP_PATIENCE {
+            errors.push(format!("the server with pid {pid} does not end"));
+            return;
+        }
+        if begin.elapsed() < Duration::from_millis(10) || signal == Signal::SIGKILL {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Unmounts what is mounted below a folder, innermost first.
+fn unmount_below(dir: &Path) -> Result<(), String> {
+    let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("read the mounts: {e}"))?;
+    let below = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).filter(|path| path.starts_with(&dir));
+    let mut below: Vec<PathBuf> = below.collect();
+    below.reverse();
+    for path in below {
+        let flags = nix::mount::MntFlags::MNT_DETACH;
+        nix::mount::umount2(&path, flags).map_err(|e| format!("unmount {}: {e}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Paths in mountinfo have octal escapes for white space and backslashes.
+fn unescape(text: &str) -> PathBuf {
+    let text = text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\");
+    PathBuf::from(text)
+}
+
+fn remove(path: &Path, errors: &mut Vec<String>) {
+    let removed = match path.symlink_metadata() {
+        Ok(metadata) if metadata.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => errors.push(format!("remove {}: {error}", path.display())),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escaped_paths_are_read_back() {
+        assert_eq!(unescape("/a\\040b\\134c"), PathBuf::from("/a b\\c"));
+    }
+}
