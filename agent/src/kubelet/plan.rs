@@ -370,4 +370,4 @@ enum Startup {
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]
-mod tests;
+pub(in crate::kubelet) mod tests;
