@@ -1,0 +1,223 @@
+//! Puts a node together: network, images, runtime, kubelet; and takes it apart in the opposite order.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Node;
+use parking_lot::RwLock;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::image::folder::watch_folder;
+use crate::image::{ImageError, ImageStore, Images, LocalImages};
+use crate::kubelet::api::ApiClient;
+use crate::kubelet::context::Context;
+use crate::kubelet::events::Recorder;
+use crate::kubelet::field_ref::NodeFacts;
+use crate::kubelet::manager::Manager;
+use crate::kubelet::node::Machine;
+use crate::kubelet::node_sync::NodeSync;
+use crate::kubelet::object_watch::ObjectWatches;
+use crate::kubelet::server::NodeService;
+use crate::kubelet::static_pods::StaticPods;
+use crate::kubelet::{addresses, worker};
+use crate::net::{Network, NetworkConfig, Parts, PodNetwork};
+use crate::runtime::{Embedded, PodSandboxFilter, Runtime, RuntimeOptions};
+use crate::volume::VolumeHost;
+use crate::watch::{Event, Target, Watcher};
+use crate::{AgentConfig, NodeLinkListener};
+
+/// Size at which a container's log is rotated, and how many files are kept: the kubelet's defaults.
+const LOG_BYTES: u64 = 10 << 20;
+const LOG_FILES: u32 = 5;
+
+/// Why the agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A folder of the agent could not be made.
+    #[error("create {path}")]
+    CreateDir {
+        /// The folder.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The image store could not be opened.
+    #[error("open the image store")]
+    Images(#[source] crate::image::ImageError),
+    /// The network could not be prepared.
+    #[error("prepare the network")]
+    Network(#[source] crate::net::NetworkError),
+    /// The container runtime could not be started.
+    #[error("start the container runtime")]
+    Runtime(#[source] crate::runtime::RuntimeError),
+}
+
+/// Runs the node until `shutdown` is cancelled; pods keep running after it returns.
+///
+/// `client` carries the node's own identity (`system:node:<name>`), `link` is where the API server's requests to the
+/// node arrive. A failure of the API server is waited out, never returned.
+///
+/// # Errors
+/// Only what cannot heal by itself: an unusable data directory or a kernel without what containers need.
+pub async fn run(
+    mut config: AgentConfig,
+    client: kube::Client,
+    link: NodeLinkListener,
+    shutdown: CancellationToken,
+) -> Result<(), AgentError> {
+    let agent_dir = config.agent_dir();
+    for folder in ["pods", "images", "pod-manifests"] {
+        make_dir(agent_dir.join(folder))?;
+    }
+    // From here on every name derives from the directory that now exists.
+    let instance = crate::instance::Instance::of(&config.data_dir);
+    if config.node_ips.is_empty() {
+        config.node_ips = addresses::default_addresses();
+    }
+    let tasks = TaskTracker::new();
+
+    let network = start_network(&config, &instance, client.clone(), &shutdown).await?;
+    let store = open_images(&config).await?;
+    tasks.spawn(import_images(store.clone(), agent_dir.clone(), shutdown.clone()));
+    let options = RuntimeOptions {
+        run_dir: instance.run_dir(),
+        agent_dir: agent_dir.clone(),
+        cgroup: instance.scoped_name(),
+        shim: config.shim,
+        log_max_bytes: LOG_BYTES,
+        log_max_files: LOG_FILES,
+    };
+    let pod_network: Arc<dyn PodNetwork> = Arc::new(network.clone());
+    let runtime = Embedded::start(options, store.clone(), pod_network).await.map_err(AgentError::Runtime)?;
+    let runtime: Arc<dyn Runtime> = Arc::new(runtime);
+    forget_lost_pods(&network, runtime.as_ref()).await;
+
+    let context = make_context(&config, &instance, client.clone(), runtime, Arc::new(LocalImages(store)), &shutdown);
+    let board: worker::Board = Arc::default();
+    let static_pods = StaticPods::new(agent_dir.join("pod-manifests"), config.node_name.clone());
+    let machine = Machine::read(&config.data_dir, &context.runtime.version());
+    tasks.spawn(NodeSync::new(context.clone(), machine).run(shutdown.clone()));
+    tasks.spawn(follow_pod_ranges(config.node_name.clone(), client.clone(), network, shutdown.clone()));
+    tasks.spawn(link.serve(NodeService::new(context.clone(), board.clone()), shutdown.clone()));
+    tasks.spawn(Manager::new(context, board, shutdown.clone()).run(client, static_pods));
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+fn make_dir(path: PathBuf) -> Result<(), AgentError> {
+    std::fs::create_dir_all(&path).map_err(|source| AgentError::CreateDir { path, source })
+}
+
+async fn start_network(
+    config: &AgentConfig,
+    instance: &crate::instance::Instance,
+    client: kube::Client,
+    shutdown: &CancellationToken,
+) -> Result<Network, AgentError> {
+    let network = NetworkConfig {
+        instance_id: instance.id().to_owned(),
+        agent_dir: config.agent_dir(),
+        run_dir: instance.run_dir(),
+        node_name: config.node_name.clone(),
+        node_ips: config.node_ips.clone(),
+        cluster_cidrs: config.cluster_cidr.clone(),
+        service_cidrs: config.service_cidr.clone(),
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+    };
+    let parts = Parts { service_proxy: config.service_proxy };
+    Network::start(network, parts, client, shutdown).await.map_err(AgentError::Network)
+}
+
+async fn open_images(config: &AgentConfig) -> Result<Arc<ImageStore>, AgentError> {
+    let (folder, hello) = (config.agent_dir().join("store"), config.hello);
+    let opened = tokio::task::spawn_blocking(move || {
+        let store = ImageStore::open(&folder, true)?;
+        if !hello.is_empty() {
+            store.add_builtin(hello)?;
+        }
+        Ok(Arc::new(store))
+    });
+    let died = |error| ImageError::Io { what: "open the image store".to_owned(), source: std::io::Error::other(error) };
+    opened.await.unwrap_or_else(|error| Err(died(error))).map_err(AgentError::Images)
+}
+
+/// Archives dropped in `DATA/agent/images`; a folder that cannot be watched does not stop the node.
+async fn import_images(store: Arc<ImageStore>, agent_dir: PathBuf, shutdown: CancellationToken) {
+    let marks = agent_dir.join("imported.json");
+    if let Err(error) = watch_folder(store, agent_dir.join("images"), marks, shutdown).await {
+        tracing::error!(%error, "images folder not watched");
+    }
+}
+
+/// Addresses of pods that did not outlive the last agent go back.
+async fn forget_lost_pods(network: &Network, runtime: &dyn Runtime) {
+    let sandboxes = runtime.list_pod_sandboxes(&PodSandboxFilter::default()).await.unwrap_or_default();
+    let live: BTreeSet<String> = sandboxes.into_iter().map(|sandbox| sandbox.metadata.uid).collect();
+    if let Err(error) = network.retain(&live).await {
+        tracing::warn!(%error, "addresses of lost pods not given back");
+    }
+}
+
+fn make_context(
+    config: &AgentConfig,
+    instance: &crate::instance::Instance,
+    client: kube::Client,
+    runtime: Arc<dyn Runtime>,
+    images: Arc<dyn Images>,
+    shutdown: &CancellationToken,
+) -> Arc<Context> {
+    let api = ApiClient::new(client.clone());
+    let machine = Machine::read(&config.data_dir, &runtime.version());
+    let node = Arc::new(RwLock::new(NodeFacts {
+        host_ips: config.node_ips.clone(),
+        allocatable: machine.allocatable(config.max_pods),
+    }));
+    let volumes = VolumeHost {
+        api: api.clone(),
+        pods_dir: config.agent_dir().join("pods"),
+        memory_dir: instance.run_dir().join("volumes"),
+        node: node.clone(),
+    };
+    Arc::new(Context {
+        config: config.clone(),
+        cgroup_root: instance.scoped_name(),
+        recorder: Recorder::start(api.clone(), config.node_name.clone(), shutdown.clone()),
+        watches: ObjectWatches::new(client, shutdown.clone()),
+        api,
+        runtime,
+        images,
+        volumes,
+        node,
+        memory: machine.memory,
+    })
+}
+
+/// The network learns the node's pod ranges as soon as the Node object has them.
+async fn follow_pod_ranges(node_name: String, client: kube::Client, network: Network, shutdown: CancellationToken) {
+    let target = Target::all("/api/v1/nodes").with_fields(format!("metadata.name={node_name}"));
+    let mut watcher = Watcher::new(client, target);
+    let mut known = Vec::new();
+    loop {
+        let event = tokio::select! {
+            event = watcher.next() => event,
+            () = shutdown.cancelled() => return,
+        };
+        let Event::Applied(object) = event else { continue };
+        let Ok(node) = serde_json::from_slice::<Node>(&object.json) else { continue };
+        let spec = node.spec.unwrap_or_default();
+        let texts = spec.pod_cidrs.unwrap_or_else(|| spec.pod_cidr.into_iter().collect());
+        let ranges: Vec<ipnet::IpNet> = texts.iter().filter_map(|text| text.parse().ok()).collect();
+        if ranges.is_empty() || ranges == known {
+            continue;
+        }
+        match network.set_pod_cidrs(&ranges) {
+            Ok(()) => known = ranges,
+            Err(error) => tracing::error!(%error, "pod range not taken over"),
+        }
+    }
+}
