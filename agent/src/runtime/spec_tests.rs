@@ -9,8 +9,8 @@ fn golden(name: &str, value: &Value) {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, &text).unwrap();
     }
-    let expected = std::fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(text, expected, "{name} differs; CORACLE_GOLDEN=write regenerates it");
+    let expected: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(*value, expected, "{name} differs; CORACLE_GOLDEN=write regenerates it");
 }
 
 fn made(config: &ContainerConfig, seccomp: Option<&Value>) -> Value {
