@@ -83,7 +83,7 @@ pub async fn run(
     let store = open_images(&config).await?;
     tasks.spawn(import_images(store.clone(), agent_dir.clone(), shutdown.clone()));
     let options = RuntimeOptions {
-        resolv_conf: config.resolv_conf.clone(),
+        run_dir: instance.run_dir(),
         agent_dir: agent_dir.clone(),
         cgroup: instance.scoped_name(),
         shim: config.shim,
