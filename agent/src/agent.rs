@@ -121,7 +121,7 @@ async fn start_network(
     let network = NetworkConfig {
         instance_id: instance.id().to_owned(),
         agent_dir: config.agent_dir(),
-        run_dir: instance.run_dir(),
+        resolv_conf: config.resolv_conf.clone(),
         node_name: config.node_name.clone(),
         node_ips: config.node_ips.clone(),
         cluster_cidrs: config.cluster_cidr.clone(),
@@ -129,7 +129,7 @@ async fn start_network(
         cluster_dns: config.cluster_dns.clone(),
         cluster_domain: config.cluster_domain.clone(),
     };
-    let parts = Parts { service_proxy: config.service_proxy };
+    let parts = Parts { service_proxy: config.service_proxy, dns: config.dns };
     Network::start(network, parts, client, shutdown).await.map_err(AgentError::Network)
 }
 

@@ -18,6 +18,7 @@
 //! | [`view`] | the sled directory: kept or rebuilt |
 //! | [`upkeep`] | compaction, lease expiry, snapshots when due |
 //! | [`member`] | identity and lock |
+//! | [`files`] | durable names |
 //! | [`transport`] | the seam to the peers |
 //!
 //! # Tasks and threads
@@ -34,6 +35,7 @@
 
 mod applied;
 mod entry;
+mod files;
 mod log;
 mod machine;
 mod member;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::view::write_durably;
+use crate::files;
 
 const FILE: &str = "member.json";
 const LOCK: &str = "lock";
@@ -25,7 +25,7 @@ impl Member {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let member = Member { id: rand::random::<u64>() >> 1 };
-                write_durably(&path, &serde_json::to_vec(&member)?)?;
+                files::write(&path, &serde_json::to_vec(&member)?)?;
                 Ok(member)
             }
             Err(e) => Err(e),

@@ -17,6 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::entry::{Peer, TypeConfig};
+use crate::files;
 use crate::log::{Growth, Log};
 use crate::machine::{ApplyThread, Snapshots, StateMachine};
 use crate::member::{self, Member};
@@ -342,7 +343,7 @@ fn engine(error: impl std::fmt::Display) -> StartError {
 /// Opens everything on disk. Blocks.
 fn open(options: &Options, sync: SyncFile) -> Result<Opened, StartError> {
     let dir = &options.data_dir;
-    make_private(dir).map_err(data_dir("creating", dir))?;
+    files::create_dir(dir).map_err(data_dir("creating", dir))?;
     let lock = member::lock(dir).map_err(data_dir("locking", dir))?;
     let lock = lock.ok_or_else(|| StartError::InUse(dir.clone()))?;
     let member = Member::load(dir).map_err(data_dir("reading the member's identity", dir))?;
@@ -360,11 +361,6 @@ fn open(options: &Options, sync: SyncFile) -> Result<Opened, StartError> {
     let (bytes, entries) = wal.size_after(snapshots.covered());
     snapshots.growth.add(bytes, entries);
     Ok(Opened { lock, member, wal, snapshots, state })
-}
-
-fn make_private(dir: &Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 fn segment_size(dir: &Path) -> io::Result<u64> {

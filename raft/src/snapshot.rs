@@ -20,6 +20,7 @@ use coracle_store::{KeyValue, Pinned, SnapshotMeta, StoreError};
 
 use crate::applied::Applied;
 use crate::entry::{cut_short, u32_of, u64_of};
+use crate::files;
 use crate::wal::LogId;
 
 const MAGIC: &[u8; 8] = b"CORASNP1";
@@ -110,7 +111,7 @@ pub(crate) fn write(dir: &Path, pinned: &Pinned) -> Result<SnapshotFile, Snapsho
     out.foot(rows, bytes).map_err(wrong())?;
     let path = dir.join(name(applied.last));
     fs::rename(&unfinished, &path).map_err(io_error("naming", &path))?;
-    sync_dir(dir)?;
+    files::sync_dir(dir).map_err(io_error("syncing", dir))?;
     Ok(SnapshotFile { path, applied, live_bytes: bytes })
 }
 
@@ -126,19 +127,23 @@ pub(crate) fn adopt(dir: &Path, from: &Path) -> Result<SnapshotFile, SnapshotErr
     fs::copy(from, &unfinished).map_err(io_error("copying", from))?;
     File::open(&unfinished).and_then(|file| file.sync_all()).map_err(io_error("syncing", &unfinished))?;
     fs::rename(&unfinished, &path).map_err(io_error("naming", &path))?;
-    sync_dir(dir)?;
+    files::sync_dir(dir).map_err(io_error("syncing", dir))?;
     Ok(Reader::open(&path)?.file)
 }
 
-/// The newest snapshot in `dir`, made if need be. Unfinished files are removed.
+/// The newest snapshot in `dir`, made if need be. Unfinished and older files are removed.
 pub(crate) fn newest(dir: &Path) -> Result<Option<SnapshotFile>, SnapshotError> {
-    fs::create_dir_all(dir).map_err(io_error("creating", dir))?;
+    files::create_dir(dir).map_err(io_error("creating", dir))?;
     match fs::remove_file(dir.join(UNFINISHED)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("cleaning", dir)(e)),
         _ => {}
     }
     match names(dir)?.pop() {
-        Some(newest) => Ok(Some(Reader::open(&newest)?.file)),
+        Some(newest) => {
+            let file = Reader::open(&newest)?.file;
+            keep_only(dir, &newest)?;
+            Ok(Some(file))
+        }
         None => Ok(None),
     }
 }
@@ -170,10 +175,6 @@ fn names(dir: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
 fn name(last: Option<LogId>) -> String {
     let LogId { term, index } = last.unwrap_or(LogId { term: 0, index: 0 });
     format!("{index:020}-{term:010}{SUFFIX}")
-}
-
-fn sync_dir(dir: &Path) -> Result<(), SnapshotError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", dir))
 }
 
 struct FrameWriter {
@@ -345,6 +346,8 @@ fn decode_row(bytes: &mut Bytes) -> io::Result<KeyValue> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use coracle_store::{Command, Op, Options, Store, Txn, Writer};
 
     use super::*;
@@ -391,11 +394,11 @@ mod tests {
         let file = write(dir.path(), &writer.pin()).unwrap();
         let good = fs::read(&file.path).unwrap();
         for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 0x40;
-            fs::write(&file.path, &bad).unwrap();
+            let on_disk = File::options().write(true).open(&file.path).unwrap();
+            on_disk.write_all_at(&[good[at] ^ 0x40], at as u64).unwrap();
             let read = Reader::open(&file.path).and_then(|reader| reader.collect::<Result<Vec<_>, _>>());
             assert!(read.is_err(), "byte {at}");
+            on_disk.write_all_at(&good[at..=at], at as u64).unwrap();
         }
         fs::write(&file.path, &good[..good.len() - 30]).unwrap();
         let error = Reader::open(&file.path).err().unwrap().to_string();
@@ -410,7 +413,6 @@ mod tests {
         let (_store, writer) = state(1);
         let file = write(dir.path(), &writer.pin()).unwrap();
         assert_eq!(newest(dir.path()).unwrap().unwrap().path, file.path);
-        keep_only(dir.path(), &file.path).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

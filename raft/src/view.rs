@@ -6,7 +6,7 @@
 //! has grown beyond three times the live data, leads to a fresh directory filled from the snapshot; the log does the rest.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use coracle_store::{Options, Store, StoreError, Writer};
 use serde::{Deserialize, Serialize};
 
 use crate::applied::Applied;
+use crate::files;
 use crate::snapshot::{Reader, SnapshotError, SnapshotFile};
 use crate::wal::{LogId, Wal};
 
@@ -98,7 +99,7 @@ impl View {
         let path = self.parent.join(MARKER);
         let marker = Marker { directory: directory.to_owned(), boot_id: self.boot_id.clone(), clean };
         let json = serde_json::to_vec(&marker).map_err(|error| io_error("encoding", &path)(error.into()))?;
-        write_durably(&path, &json).map_err(io_error("writing", &path))
+        files::write(&path, &json).map_err(io_error("writing", &path))
     }
 
     /// The state must not be used again.
@@ -209,19 +210,6 @@ fn read_marker(parent: &Path) -> Option<Marker> {
     let marker: Marker = serde_json::from_slice(&fs::read(parent.join(MARKER)).ok()?).ok()?;
     let plain = marker.directory.starts_with(PREFIX) && !marker.directory.contains('/');
     plain.then_some(marker)
-}
-
-/// Replaces a small file by rename; durable when it returns.
-pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let unfinished = path.with_extension("tmp");
-    let mut file = File::create(&unfinished)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&unfinished, path)?;
-    match path.parent() {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => Ok(()),
-    }
 }
 
 /// The kernel's id of this boot; where there is none, one that fits no marker.

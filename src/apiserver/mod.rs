@@ -10,7 +10,7 @@
 //! | [`limits`] | how many requests at once |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
 //! | [`resources`], [`registry`] | [`resources::RESOURCES`]: one row per kind; the kinds served right now |
-//! | [`discovery`], [`health`] | `/api`, `/apis`; `/livez`, `/readyz`, `/version` |
+//! | [`discovery`], [`openapi`], [`health`] | `/api`, `/apis`; `/openapi/v3`; `/livez`, `/readyz`, `/version` |
 //! | [`call`], [`negotiate`] | one request to a resource, and the shapes of answers |
 //! | [`options`], [`selector`], [`fields`] | the options of each verb; label and field selectors |
 //! | [`read`] | get and list |
@@ -42,6 +42,7 @@ pub mod metadata;
 pub mod names;
 pub mod negotiate;
 pub mod object;
+pub mod openapi;
 pub mod options;
 pub mod patch;
 pub mod query;

@@ -14,7 +14,7 @@ use super::resources::Resource;
 use super::reviews::{self, Reviews};
 use super::status::Status;
 use super::subresource::{self, connect};
-use super::{delete, discovery, patch, read, watch, write};
+use super::{delete, discovery, openapi, patch, read, watch, write};
 use crate::admission::Admission;
 use crate::auth::{Authorizer, Identity};
 use crate::strategy::service::allocation::ServiceNetwork;
@@ -203,7 +203,7 @@ impl ApiServer {
             if let Some(handler) = self.path_handler(info.path) {
                 return Ok(handler(Request::from_parts(parts.clone(), body)).await);
             }
-            return self.non_resource(&parts.method, &info, &query, &parts.headers);
+            return self.non_resource(&parts.method, &info, &query, &parts.headers).await;
         }
         let snapshot = self.inner.registry.snapshot();
         let Some(resource) = snapshot.find(info.group, info.version, info.resource) else {
@@ -250,7 +250,7 @@ impl ApiServer {
         Ok(response)
     }
 
-    fn non_resource(
+    async fn non_resource(
         &self,
         method: &Method,
         info: &RequestInfo<'_>,
@@ -267,6 +267,9 @@ impl ApiServer {
             return Ok(health::version());
         }
         let snapshot = self.inner.registry.snapshot();
+        if let Some(answer) = openapi::answer(&snapshot, info.path, query, headers).await {
+            return answer;
+        }
         discovery::answer(&snapshot, info.path, headers, &self.inner.parts.address)
             .unwrap_or_else(|| Ok(page_not_found()))
     }

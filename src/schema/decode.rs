@@ -141,6 +141,23 @@ pub fn api_version(group: &str, version: &str) -> String {
     if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
 }
 
+/// Versions that upstream still decodes but does not serve.
+const FORMER_VERSIONS: [(&str, &str); 13] = [
+    ("apps", "v1beta1"),
+    ("apps", "v1beta2"),
+    ("autoscaling", "v2beta1"),
+    ("autoscaling", "v2beta2"),
+    ("batch", "v1beta1"),
+    ("policy", "v1beta1"),
+    ("discovery.k8s.io", "v1beta1"),
+    ("events.k8s.io", "v1beta1"),
+    ("networking.k8s.io", "v1beta1"),
+    ("node.k8s.io", "v1beta1"),
+    ("rbac.authorization.k8s.io", "v1beta1"),
+    ("scheduling.k8s.io", "v1beta1"),
+    ("storage.k8s.io", "v1beta1"),
+];
+
 enum Document<'a> {
     Json(&'a [u8]),
     /// The document and the text about duplicate keys.
@@ -216,8 +233,9 @@ impl Gvk {
             return Ok(());
         }
         if self.kind == expected.kind && self.group == expected.group {
-            let known =
-                self.version == expected.version || schema.by_gvk(&self.group, &self.version, &self.kind).is_some();
+            let known = self.version == expected.version
+                || schema.by_gvk(&self.group, &self.version, &self.kind).is_some()
+                || FORMER_VERSIONS.contains(&(self.group.as_str(), self.version.as_str()));
             if known {
                 return Ok(());
             }
@@ -420,6 +438,11 @@ mod tests {
         assert_eq!(
             error(r#"{"kind":"Service","apiVersion":"v1"}"#),
             r#"Service in version "v1" cannot be handled as a Pod: converting (v1.Service) to (core.Pod): unknown conversion"#
+        );
+        assert_eq!(
+            read(DEPLOYMENT, r#"{"kind":"Deployment","apiVersion":"apps/v1beta1"}"#, FieldValidation::Warn)
+                .unwrap_err(),
+            "the API version in the data (apps/v1beta1) does not match the expected API version (apps/v1)"
         );
         assert_eq!(
             error(r#"{"kind":"Nope","apiVersion":"v9"}"#),

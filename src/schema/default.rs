@@ -158,6 +158,8 @@ mod tests {
         let job = defaulted("batch", "v1", "Job", json!({"spec": {"template": {"metadata": {"labels": {"a": "b"}}}}}));
         assert_eq!(job["metadata"]["labels"], json!({"a": "b"}));
         assert_eq!((&job["spec"]["backoffLimit"], &job["spec"]["completions"]), (&json!(6), &json!(1)));
+        let cron = defaulted("batch", "v1", "CronJob", json!({"spec": {"jobTemplate": {"spec": {}}}}));
+        assert!(cron["spec"]["jobTemplate"]["spec"]["completionMode"].is_null(), "only jobs get the defaults of jobs");
         let namespace = defaulted("", "v1", "Namespace", json!({"metadata": {"name": "x"}}));
         assert_eq!(namespace["metadata"]["labels"], json!({"kubernetes.io/metadata.name": "x"}));
         assert_eq!(namespace["status"]["phase"], "Active");

@@ -24,6 +24,7 @@ pub(super) const HOOKS: &[(&str, Hook)] = &[
     ("io.k8s.api.core.v1.ReplicationController", replication_controller),
     ("io.k8s.api.core.v1.ReplicationControllerSpec", replicas),
     ("io.k8s.api.core.v1.Namespace", namespace),
+    ("io.k8s.api.core.v1.PersistentVolume", persistent_volume),
     ("io.k8s.api.core.v1.NodeSpec", node_spec),
     ("io.k8s.api.core.v1.NodeStatus", node_status),
     ("io.k8s.api.core.v1.LimitRangeItem", limit_range_item),
@@ -246,6 +247,16 @@ fn pod_status(status: &mut Object) {
     }
 }
 
+/// Not on the type of the spec: a volume attachment holds one inline.
+fn persistent_volume(volume: &mut Object) {
+    if let Some(spec) = object(volume, "spec") {
+        if text(spec, "persistentVolumeReclaimPolicy").is_empty() {
+            spec.insert("persistentVolumeReclaimPolicy".to_owned(), "Retain".into());
+        }
+        default(spec, "volumeMode", "Filesystem");
+    }
+}
+
 fn node_spec(spec: &mut Object) {
     let first = spec.get("podCIDRs").and_then(|c| c.get(0)).and_then(Value::as_str).map(str::to_owned);
     match (text(spec, "podCIDR"), first) {
@@ -436,6 +447,12 @@ fn daemon_set_strategy(strategy: &mut Object) {
 }
 
 fn stateful_set_spec(spec: &mut Object) {
+    for claim in objects(spec, "volumeClaimTemplates") {
+        if text(claim, "apiVersion").is_empty() && text(claim, "kind").is_empty() {
+            claim.insert("apiVersion".to_owned(), "v1".into());
+            claim.insert("kind".to_owned(), "PersistentVolumeClaim".into());
+        }
+    }
     default(spec, "updateStrategy", json!({}));
     let Some(strategy) = object(spec, "updateStrategy") else { return };
     if text(strategy, "type").is_empty() {
@@ -458,6 +475,9 @@ fn job(job: &mut Object) {
         spec.insert("completions".to_owned(), 1.into());
     }
     default(spec, "parallelism", 1);
+    default(spec, "completionMode", "NonIndexed");
+    default(spec, "suspend", false);
+    default(spec, "manualSelector", false);
     let limit = if set(spec, "backoffLimitPerIndex") { i32::MAX } else { 6 };
     default(spec, "backoffLimit", limit);
     let policy = if set(spec, "podFailurePolicy") { "Failed" } else { "TerminatingOrFailed" };

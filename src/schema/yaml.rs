@@ -17,7 +17,7 @@ pub fn to_json(body: &[u8]) -> Result<(Value, Option<String>), String> {
     let mut documents = serde_yaml::Deserializer::from_str(text);
     // Only the first document of a stream counts, as upstream.
     let value = match documents.next() {
-        Some(document) => seed.deserialize(document).map_err(|e| format!("yaml: {e}"))?,
+        Some(document) => seed.deserialize(document).map_err(|e| describe(&e))?,
         None => Value::Null,
     };
     let duplicates = duplicates.into_inner();
@@ -30,6 +30,18 @@ pub fn to_json(body: &[u8]) -> Result<(Value, Option<String>), String> {
         out.push_str(&format!("\n  line {line}: key {} already set in map", super::time::quote(key)));
     }
     Ok((value, Some(out)))
+}
+
+/// go-yaml's text: it counts lines from 0 when the parser stumbles and from 1 when the scanner does.
+fn describe(error: &serde_yaml::Error) -> String {
+    const SCANNER: [&str; 4] = ["found ", "mapping values", "could not find", "block sequence entries"];
+    let text = error.to_string();
+    let what = text.split(" at line ").next().unwrap_or(&text);
+    let scanner = SCANNER.iter().any(|s| what.starts_with(s));
+    match error.location().map(|l| if scanner { l.line() } else { l.line().saturating_sub(1) }) {
+        Some(line) if line > 0 => format!("yaml: line {line}: {what}"),
+        _ => format!("yaml: {what}"),
+    }
 }
 
 /// The parser gives no positions inside a document: the lines on which these keys stand for the second time at one depth.

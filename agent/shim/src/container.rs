@@ -395,7 +395,7 @@ fn run_helper(
     if let Err(message) = pod::join_cgroups(&request.cgroup_procs) {
         return message;
     }
-    crate::reset_signals();
+    coracle_shim::reset_signals();
     let text = |value: &str| std::ffi::CString::new(value).unwrap_or_default();
     let bundle = request.bundle.to_string_lossy();
     let arguments = [text(HELPER_NAME), text(&request.container), text(&bundle), text(console)];

@@ -153,7 +153,7 @@ fn prepare(request: &Exec, filter: Option<&[u8]>, fds: &[OwnedFd]) -> Result<(),
             .map_err(|error| format!("no_new_privs: {error}"))?;
         load_filter(filter)?;
     }
-    crate::reset_signals();
+    coracle_shim::reset_signals();
     Ok(())
 }
 

@@ -13,3 +13,15 @@
 
 pub mod protocol;
 pub mod wire;
+
+/// Signals as a fresh program expects them: nothing blocked, nothing ignored. Ignored signals survive execve, so
+/// whatever the agent was started with (Rust ignores SIGPIPE, a shell in the background more) would reach containers.
+pub fn reset_signals() {
+    let default = [0usize; 4];
+    for signal in 1..=64 {
+        // By the system call: the C library hides the two signals that it uses itself. SIGKILL and SIGSTOP fail.
+        // SAFETY: a zeroed kernel sigaction is SIG_DFL without flags; it outlives the call.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0usize, 8usize) };
+    }
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+}

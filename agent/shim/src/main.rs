@@ -14,7 +14,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use coracle_shim::protocol::{POD_FILE, PodSpec};
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::unistd::{ForkResult, fork, setsid};
 
 fn main() {
@@ -71,16 +70,6 @@ fn release_streams() {
         let null = null.into();
         let _ = exec::standard_streams([&null, &null, &null]);
     }
-}
-
-/// Signals as a fresh program expects them: nothing blocked, SIGPIPE deadly.
-pub fn reset_signals() {
-    // SAFETY: restoring defaults installs no handler.
-    unsafe {
-        let _ = signal(Signal::SIGPIPE, SigHandler::SigDfl);
-        let _ = signal(Signal::SIGCHLD, SigHandler::SigDfl);
-    }
-    let _ = SigSet::empty().thread_set_mask();
 }
 
 /// Sets what `ps` shows: the short name and the argument vector, which is overwritten in place.

@@ -13,8 +13,6 @@ pub struct NetworkConfig {
     pub instance_id: String,
     /// `DATA/agent`; addresses are kept in `ipam/` below it, changed sysctls in `sysctl.json`.
     pub agent_dir: PathBuf,
-    /// `/run/coracle/<id>`; DNS address and other state that a reboot forgets.
-    pub run_dir: PathBuf,
     /// Name of the Node object.
     pub node_name: String,
     /// Addresses of the node, at most one per family, the primary family first.
@@ -25,6 +23,8 @@ pub struct NetworkConfig {
     pub service_cidrs: Vec<IpNet>,
     /// `--cluster-dns`, at most one per family.
     pub cluster_dns: Vec<IpAddr>,
+    /// The host's resolver configuration: where the DNS responder asks for other names.
+    pub resolv_conf: PathBuf,
     /// `--cluster-domain`, without a final dot.
     pub cluster_domain: String,
 }

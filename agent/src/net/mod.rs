@@ -14,11 +14,13 @@
 //! | [`proxy`] | Services and EndpointSlices to nftables |
 //! | [`nft`] | nftables transactions |
 //! | [`netlink`] | sockets, messages, links, routes, conntrack |
+//! | `feed` | one watch per collection for proxy and DNS |
 //! | [`names`] | names of links and tables, gateway addresses |
 //! | [`teardown`] | what `coracle uninstall` calls |
 
 pub mod attach;
 pub mod config;
+mod feed;
 pub mod host;
 pub mod ipam;
 pub mod names;

@@ -19,7 +19,10 @@ use super::host::{self, HostFacts};
 use super::ipam::{Attachment, Ipam};
 use super::netlink::{NetlinkError, Socket};
 use super::proxy::plan::LocalPod;
+use super::feed::{self, Follower};
 use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, proxy};
+use crate::dns;
+use crate::watch::Event;
 
 /// How long a sandbox may wait for the node's range.
 const RANGE_WITHIN: Duration = Duration::from_secs(30);
@@ -46,6 +49,8 @@ struct Inner {
 pub struct Parts {
     /// The service proxy.
     pub service_proxy: bool,
+    /// The DNS responder on [`NetworkConfig::cluster_dns`]. Without it that address is a Service like any other.
+    pub dns: bool,
 }
 
 impl Network {
@@ -54,11 +59,14 @@ impl Network {
     /// # Errors
     /// What does not heal by itself: a data directory that cannot be written, a kernel that refuses.
     pub async fn start(
-        config: NetworkConfig,
+        mut config: NetworkConfig,
         parts: Parts,
         client: kube::Client,
         shutdown: &CancellationToken,
     ) -> Result<Self, NetworkError> {
+        if !parts.dns {
+            config.cluster_dns.clear();
+        }
         let (config, facts, ipam) = on_thread(move || {
             let ipam = Ipam::load(config.agent_dir.join("ipam"))?;
             let facts = host::prepare(&config)?;
@@ -66,12 +74,9 @@ impl Network {
             Ok((config, facts, ipam))
         })
         .await?;
-        let proxy = if parts.service_proxy {
-            let started = proxy::start(&config, client, shutdown);
-            Some(started.map_err(|source| NetworkError::Kernel { step: "start the service proxy".into(), source })?)
-        } else {
-            None
-        };
+        let failed = |source| NetworkError::Kernel { step: "start the service proxy".into(), source };
+        let proxy = if parts.service_proxy { Some(proxy::start(&config).map_err(failed)?) } else { None };
+        follow_services(&config, parts, proxy.as_ref(), &client, shutdown);
         let network = Self::assemble(config, facts, ipam, proxy);
         network.announce_all();
         Ok(network)
@@ -188,6 +193,35 @@ impl Network {
         let instance = self.inner.config.instance_id.clone();
         let keep: BTreeSet<String> = live.iter().map(|uid| names::link_alias(&instance, uid)).collect();
         on_thread(move || super::teardown::delete_links(&instance, &keep)).await
+    }
+}
+
+/// Starts the watches, and the DNS responder that hangs on them.
+fn follow_services(
+    config: &NetworkConfig,
+    parts: Parts,
+    proxy: Option<&Sender<proxy::Input>>,
+    client: &kube::Client,
+    shutdown: &CancellationToken,
+) {
+    let (sender, events) = tokio::sync::mpsc::unbounded_channel();
+    let to_dns = |source: dns::Source| -> Option<Follower> {
+        let sender = sender.clone();
+        parts.dns.then(|| Box::new(move |event| drop(sender.send((source, event)))) as Follower)
+    };
+    let to_proxy = |wrap: fn(Event) -> proxy::Input| -> Option<Follower> {
+        let sender = proxy?.clone();
+        Some(Box::new(move |event| drop(sender.send(wrap(event)))))
+    };
+    for (path, followers) in [
+        ("/api/v1/services", [to_proxy(proxy::Input::Service), to_dns(dns::Source::Services)]),
+        ("/apis/discovery.k8s.io/v1/endpointslices", [to_proxy(proxy::Input::Slice), to_dns(dns::Source::Slices)]),
+        ("/api/v1/namespaces", [None, to_dns(dns::Source::Namespaces)]),
+    ] {
+        feed::follow(client, path, followers.into_iter().flatten().collect(), shutdown);
+    }
+    if parts.dns {
+        dns::start(&config.cluster_domain, &config.cluster_dns, config.resolv_conf.clone(), events, shutdown);
     }
 }
 

@@ -140,7 +140,7 @@ impl World {
         let config = NetworkConfig {
             instance_id: instance.to_owned(),
             agent_dir: directory.path().to_owned(),
-            run_dir: directory.path().to_owned(),
+            resolv_conf: directory.path().join("resolv.conf"),
             node_name: "me".into(),
             node_ips: vec![NODE.parse().unwrap()],
             cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap()],
@@ -163,8 +163,7 @@ impl World {
             let facts = host::prepare(&config).unwrap();
             teardown::remember(&config).unwrap();
             let ipam = ipam::Ipam::load(config.agent_dir.join("ipam")).unwrap();
-            let (sender, receiver) = channel();
-            proxy::spawn_thread(&config, receiver).unwrap();
+            let sender = proxy::start(&config).unwrap();
             (Network::assemble(config, facts, ipam, Some(sender.clone())), sender)
         })
     }

@@ -200,10 +200,7 @@ fn execute(spec: &Spec) -> String {
         return "an argument or variable contains a NUL".to_owned();
     };
     let name = args.first().map_or("", String::as_str);
-    // Rust ignores SIGPIPE at its start, and ignored signals survive execve.
-    // SAFETY: restores a default; nothing else runs in this process.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+    coracle_shim::reset_signals();
     let mut failure = None;
     for path in candidates(name, &env) {
         let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { continue };

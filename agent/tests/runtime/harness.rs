@@ -200,6 +200,12 @@ impl Node {
         (answer.exit_code, String::from_utf8_lossy(&[answer.stdout, answer.stderr].concat()).into_owned())
     }
 
+    /// How many processes that the container sees have exactly this command line.
+    pub async fn count(&self, id: &str, command: &str) -> usize {
+        let script = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done 2>/dev/null";
+        self.sh(id, script).await.1.lines().filter(|line| line.trim() == command).count()
+    }
+
     pub fn mounts(&self) -> usize {
         let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let folder = self.folder.path().to_string_lossy().into_owned();

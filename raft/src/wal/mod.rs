@@ -83,7 +83,7 @@ impl Wal {
     /// # Errors
     /// The directory or a file can't be read or written, or the log is damaged.
     pub fn open(dir: &Path, options: WalOptions) -> Result<Wal, WalError> {
-        std::fs::create_dir_all(dir).map_err(WalError::io("creating", dir))?;
+        crate::files::create_dir(dir).map_err(WalError::io("creating", dir))?;
         let Recovered { index, segments, tail, sealed } = recover(dir)?;
         let carried = Carried { vote: index.vote, purged: index.purged, committed: index.committed };
         let mut closed: VecDeque<Closed> = segments.into();

@@ -23,6 +23,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::files::sync_dir;
+
 use super::record::{LogId, Vote, read_u32, read_u64};
 
 /// Offset of the first record.
@@ -206,11 +208,6 @@ pub(crate) fn list(dir: &Path) -> io::Result<Vec<u64>> {
 
 pub(crate) fn path_of(dir: &Path, sequence: u64) -> PathBuf {
     dir.join(format!("{sequence:020}.wal"))
-}
-
-/// Makes created, renamed and removed names in `dir` durable.
-pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use std::sync::mpsc::Receiver;
 
 use parking_lot::Mutex;
 
+use crate::files::sync_dir;
+
 use super::index::{Index, Location};
 use super::record::{self, HEADER, Kind, LogId, Record};
 use super::recover::Closed;
@@ -196,7 +198,7 @@ impl LogThread {
             self.closed.pop_front();
             retired = true;
         }
-        if retired { segment::sync_dir(&self.dir) } else { Ok(()) }
+        if retired { sync_dir(&self.dir) } else { Ok(()) }
     }
 }
 

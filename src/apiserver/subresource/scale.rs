@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 const SCALE: Kind<'static> = Kind { group: "autoscaling", version: "v1", kind: "Scale" };
 
 /// A selector object, or a plain map of labels, as the text of a label selector.
-fn selector_text(selector: Option<&Value>) -> String {
+pub fn selector_text(selector: Option<&Value>) -> String {
     let Some(selector) = selector.and_then(Value::as_object) else { return String::new() };
     let is_object = selector.get("matchLabels").is_some_and(Value::is_object)
         || selector.get("matchExpressions").is_some_and(Value::is_array);

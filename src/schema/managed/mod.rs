@@ -44,7 +44,7 @@ pub enum ApplyError {
     /// 409 `Conflict`; each cause is of type `FieldManagerConflict`.
     #[error("{message}")]
     Conflict { message: String, causes: Vec<Cause> },
-    /// 500 `InternalError`: upstream passes these on as they are.
+    /// 500 without a reason: upstream passes these on as they are.
     #[error("{0}")]
     Internal(String),
 }
@@ -321,18 +321,23 @@ fn prune(schema: &Schema, id: TypeId, merged: Value, managers: &Managers, last: 
 /// `default/web; apps/v1, Kind=Deployment`
 fn describe(object: &Value) -> String {
     let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-    let (version, kind) = (text("/apiVersion"), text("/kind"));
+    format!("{}/{}; {}", text("/metadata/namespace"), text("/metadata/name"), describe_kind(object))
+}
+
+/// `apps/v1, Kind=Deployment`
+fn describe_kind(object: &Value) -> String {
+    let text = |key: &str| object.get(key).and_then(Value::as_str).unwrap_or_default();
+    let version = text("apiVersion");
     let slash = if version.contains('/') { "" } else { "/" };
-    format!("{}/{}; {slash}{version}, Kind={kind}", text("/metadata/namespace"), text("/metadata/name"))
+    format!("{slash}{version}, Kind={}", text("kind"))
 }
 
 fn check_patch(schema: &Schema, id: TypeId, patch: &Value, operation: &Operation<'_>) -> Result<(), ApplyError> {
-    let version = patch.get("apiVersion").and_then(Value::as_str).unwrap_or_default();
-    if version != operation.api_version {
-        return Err(ApplyError::BadRequest(format!(
-            "Incorrect version specified in apply patch. Specified patch version: {version}, expected: {}",
-            operation.api_version
-        )));
+    let text = |key: &str| patch.get(key).and_then(Value::as_str).unwrap_or_default();
+    let (group, version) = operation.api_version.split_once('/').unwrap_or(("", operation.api_version));
+    let of_kind = schema.by_gvk(group, version, text("kind")) == Some(id);
+    if text("apiVersion") != operation.api_version || !of_kind {
+        return Err(ApplyError::BadRequest(format!("invalid object type: {}", describe_kind(patch))));
     }
     if !managed_fields(patch).is_null() {
         return Err(ApplyError::BadRequest("metadata.managedFields must be nil".to_owned()));

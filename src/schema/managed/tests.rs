@@ -269,10 +269,7 @@ fn malformed_configurations_are_refused_in_upstreams_words() {
         format!("{prefix}.spec.template.spec.containers: duplicate entries for key [name=\"c\"]")
     );
     assert_eq!(refused(|b| b["metadata"]["managedFields"] = json!([])), "metadata.managedFields must be nil");
-    assert_eq!(
-        refused(|b| b["apiVersion"] = json!("v1")),
-        "Incorrect version specified in apply patch. Specified patch version: v1, expected: apps/v1"
-    );
+    assert_eq!(refused(|b| b["apiVersion"] = json!("v1")), "invalid object type: /v1, Kind=Deployment");
 }
 
 #[test]

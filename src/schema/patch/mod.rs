@@ -20,7 +20,8 @@ pub enum PatchKind {
     Strategic,
 }
 
-/// A patch that cannot be applied. `Display` is upstream's message, or the detail of the cause for `Invalid`.
+/// A patch that cannot be applied. `Display` is upstream's message; for `Invalid` it is the detail of the cause, and the message is
+/// ` "" is invalid: patch: Invalid value: "VALUE": DETAIL` (value quoted).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PatchError {
     /// 400 `BadRequest`.
@@ -29,13 +30,13 @@ pub enum PatchError {
     /// 413 `RequestEntityTooLarge`.
     #[error("{0}")]
     TooLarge(String),
-    /// 422 without a reason of its own (`metav1.StatusReasonUnknown`).
-    #[error("{0}")]
+    /// 422 `Invalid` with empty details. Upstream keeps the reason to itself; here it is for the log.
+    #[error("the server rejected our request due to an error in our request")]
     Unprocessable(String),
     /// 422 `Invalid` with one cause: `field.Invalid("patch", value, detail)`, of no kind and no name.
     #[error("{detail}")]
     Invalid { value: String, detail: String },
-    /// 500 `InternalError`: upstream passes these on as they are.
+    /// 500 without a reason: upstream passes these on as they are.
     #[error("{0}")]
     Internal(String),
 }

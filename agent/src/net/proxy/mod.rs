@@ -10,7 +10,6 @@
 //!
 //! | task | owns | lives |
 //! | --- | --- | --- |
-//! | two watchers | a watch each | until shutdown |
 //! | thread `service-proxy` | plan and netlink socket | until every sender is gone |
 
 pub mod desired;
@@ -23,11 +22,9 @@ use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use tokio_util::sync::CancellationToken;
-
 use super::config::NetworkConfig;
 use super::nft::Family;
-use crate::watch::{Event, Target, Watcher};
+use crate::watch::Event;
 use desired::NodeFacts;
 use kernel::Kernel;
 use model::{Key, Service, Slice};
@@ -55,20 +52,10 @@ pub(super) enum Input {
     Barrier(Sender<Option<String>>),
 }
 
-/// Starts the proxy. What the returned sender is told before any Service is known takes effect together with them.
-pub(super) fn start(
-    config: &NetworkConfig,
-    client: kube::Client,
-    shutdown: &CancellationToken,
-) -> std::io::Result<Sender<Input>> {
+/// Starts the proxy's thread; it ends when the sender is gone. Nothing changes in a table from before until all
+/// Services and EndpointSlices were listed.
+pub(super) fn start(config: &NetworkConfig) -> std::io::Result<Sender<Input>> {
     let (sender, receiver) = channel();
-    spawn_thread(config, receiver)?;
-    watch(client.clone(), "/api/v1/services", sender.clone(), shutdown.clone(), Input::Service);
-    watch(client, "/apis/discovery.k8s.io/v1/endpointslices", sender.clone(), shutdown.clone(), Input::Slice);
-    Ok(sender)
-}
-
-pub(super) fn spawn_thread(config: &NetworkConfig, receiver: Receiver<Input>) -> std::io::Result<()> {
     let kernel = Kernel::open(super::names::table(&config.instance_id), settings(config))?;
     let facts = NodeFacts { families: families(config), cluster_dns: config.cluster_dns.clone() };
     let worker = Worker {
@@ -82,7 +69,7 @@ pub(super) fn spawn_thread(config: &NetworkConfig, receiver: Receiver<Input>) ->
         refused: None,
     };
     std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run())?;
-    Ok(())
+    Ok(sender)
 }
 
 /// Families that the cluster uses.
@@ -104,21 +91,6 @@ fn settings(config: &NetworkConfig) -> Vec<Settings> {
         }
     };
     families(config).into_iter().map(of).collect()
-}
-
-fn watch(client: kube::Client, path: &str, to: Sender<Input>, shutdown: CancellationToken, wrap: fn(Event) -> Input) {
-    let mut watcher = Watcher::new(client, Target::all(path));
-    tokio::spawn(async move {
-        loop {
-            let event = tokio::select! {
-                () = shutdown.cancelled() => return,
-                event = watcher.next() => event,
-            };
-            if to.send(wrap(event)).is_err() {
-                return;
-            }
-        }
-    });
 }
 
 /// What the lists in progress have not shown yet, and which lists are complete.

@@ -7,13 +7,42 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::{Node, Story};
 
+mod faults;
+mod figures;
+mod isolation;
+mod streams;
+
 macro_rules! stories {
-    ($($name:ident),* $(,)?) => {
+    ($($name:path),* $(,)?) => {
         pub const ALL: &[Story] = &[$((stringify!($name), || Box::pin($name()))),*];
     };
 }
 
-stories![a_container_runs_logs_and_is_gone, the_builtin_image_serves, commands_run_inside,];
+stories![
+    a_container_runs_logs_and_is_gone,
+    the_builtin_image_serves,
+    commands_run_inside,
+    stopping_asks_first_and_then_kills,
+    isolation::users_and_groups_come_from_the_image,
+    isolation::environment_and_working_directory_are_complete,
+    isolation::capabilities_and_filters_hold_in_exec_too,
+    isolation::the_default_seccomp_profile_lets_programs_work,
+    isolation::read_only_masked_and_privileged,
+    isolation::volumes_and_devices,
+    isolation::namespaces_are_shared_as_asked,
+    isolation::limits_are_in_the_cgroup,
+    streams::a_terminal_is_one,
+    streams::standard_input_and_attach,
+    streams::commands_have_streams,
+    streams::logs_rotate_and_long_lines_are_cut,
+    faults::what_cannot_start_says_why,
+    faults::out_of_memory_is_told,
+    faults::a_new_agent_finds_running_pods,
+    faults::a_killed_shim_leaves_nothing,
+    faults::a_failed_sandbox_leaves_nothing,
+    faults::many_pods_at_once,
+    figures::what_a_pod_costs,
+];
 
 async fn a_container_runs_logs_and_is_gone() {
     let node = Node::new().await;
@@ -91,6 +120,35 @@ async fn commands_run_inside() {
     let timeout = node.runtime.exec_sync(&id, &slow, Some(Duration::from_millis(200))).await.unwrap_err();
     assert!(matches!(timeout, RuntimeError::Timeout { .. }), "{timeout}");
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(node.sh(&id, "pgrep -f 'sleep 100$' | wc -l").await.1.trim(), "0", "the command was killed");
+    assert_eq!(node.count(&id, "sleep 100").await, 0, "the command was killed");
+    node.runtime.remove_pod_sandbox(&sandbox).await.unwrap();
+}
+
+async fn stopping_asks_first_and_then_kills() {
+    let node = Node::new().await;
+    let config = node.script("trap 'echo asked; exit 5' TERM; while :; do sleep 0.05; done");
+    let (sandbox, id) = node.run(&node.pod(), &config).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    node.runtime.stop_container(&id, 20).await.unwrap();
+    let status = node.wait(&id, ContainerState::Exited).await;
+    assert_eq!((status.exit_code, node.log(&status).as_str()), (5, "asked\n"));
+    // Process 1 ignores what it does not handle.
+    let id = node.runtime.create_container(&sandbox, &node.script("sleep 1000 & wait")).await.unwrap();
+    node.runtime.start_container(&id).await.unwrap();
+    let started = Instant::now();
+    node.runtime.stop_container(&id, 1).await.unwrap();
+    assert!(started.elapsed() >= Duration::from_secs(1));
+    let status = node.wait(&id, ContainerState::Exited).await;
+    assert_eq!((status.exit_code, status.signal, status.reason.as_str()), (137, 9, "Error"));
+    let mut config = node.script("trap 'exit 6' USR1; while :; do sleep 0.05; done");
+    config.stop_signal = "SIGUSR1".into();
+    let id = node.runtime.create_container(&sandbox, &config).await.unwrap();
+    node.runtime.start_container(&id).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    node.runtime.stop_container(&id, 20).await.unwrap();
+    assert_eq!(node.wait(&id, ContainerState::Exited).await.exit_code, 6);
+    // Never started, stopped all the same.
+    let id = node.runtime.create_container(&sandbox, &node.script("true")).await.unwrap();
+    node.runtime.stop_container(&id, 20).await.unwrap();
     node.runtime.remove_pod_sandbox(&sandbox).await.unwrap();
 }
