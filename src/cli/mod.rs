@@ -94,8 +94,8 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// Logs go to standard error; `CORACLE_LOG` takes `tracing` filter directives.
 fn start_logging(verbose: u8) {
     let level = match verbose {
-        0 => "info",
-        1 => "info,coracle=debug,coracle_agent=debug,coracle_raft=debug",
+        0 => "info,openraft=warn",
+        1 => "info,openraft=warn,coracle=debug,coracle_agent=debug,coracle_raft=debug",
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("CORACLE_LOG").unwrap_or_else(|_| EnvFilter::new(level));
