@@ -117,6 +117,15 @@ async fn send(client: &kube::Client, method: Method, path: &str, body: &Value) -
     client.request(request).await
 }
 
+async fn exists(client: &kube::Client, path: &str) -> anyhow::Result<bool> {
+    let request = Request::get(path).body(Vec::new())?;
+    match client.request::<Value>(request).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+        Err(e) => Err(e).with_context(|| format!("read {path}")),
+    }
+}
+
 fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409)
 }
@@ -127,10 +136,14 @@ fn name(object: &Value) -> &str {
 
 /// Creates an object; one that is there stays as it is.
 async fn create(client: &kube::Client, collection: &str, object: Value) -> anyhow::Result<()> {
+    let path = format!("{collection}/{}", name(&object));
+    if exists(client, &path).await? {
+        return Ok(());
+    }
     match send(client, Method::POST, collection, &object).await {
         Ok(_) => Ok(()),
         Err(e) if is_conflict(&e) => Ok(()),
-        Err(e) => Err(e).with_context(|| format!("create {collection}/{}", name(&object))),
+        Err(e) => Err(e).with_context(|| format!("create {path}")),
     }
 }
 
