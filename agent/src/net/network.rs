@@ -97,7 +97,7 @@ impl Network {
         Ok(())
     }
 
-    fn announce_all(&self) {
+    pub(super) fn announce_all(&self) {
         let known: Vec<Attachment> = self.inner.ipam.lock().attachments().cloned().collect();
         for attachment in known {
             self.announce(&attachment.uid, Some(&attachment));

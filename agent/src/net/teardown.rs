@@ -120,13 +120,15 @@ pub(super) fn delete_links(instance_id: &str, keep: &BTreeSet<String>) -> Result
     Ok(socket.apply(&mut batch)?)
 }
 
-/// Opens the namespace of those numbers: a process is in it, or a file is bound to it.
+/// Opens the namespace of those numbers: a thread is in it, or a file is bound to it.
 fn find_namespace(wanted: (u64, u64)) -> Option<File> {
-    let processes = std::fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path().join("ns/net"));
-    let bound = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
-    std::iter::once(PathBuf::from("/proc/thread-self/ns/net"))
-        .chain(bound)
-        .chain(processes)
+    let own = std::iter::once(PathBuf::from("/proc/thread-self/ns/net"));
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let bound = mounts.lines().filter(|line| line.contains(" - nsfs ")).filter_map(|line| line.split(' ').nth(4));
+    let children = |path: PathBuf| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let threads = children("/proc".into()).flat_map(|process| children(process.join("task")));
+    own.chain(bound.map(PathBuf::from))
+        .chain(threads.map(|thread| thread.join("ns/net")))
         .find(|path| namespace_of(path).is_ok_and(|found| found == wanted))
         .and_then(|path| File::open(path).ok())
 }
