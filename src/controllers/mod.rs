@@ -44,8 +44,12 @@ mod deployment;
 pub mod discovery;
 mod endpoint;
 mod endpointslice;
+mod eviction;
 mod garbage;
 mod namespace;
+mod node;
+mod nodecidr;
+mod podgc;
 mod replicaset;
 mod rollout;
 mod serviceaccount;
@@ -170,5 +174,12 @@ fn begin_term(context: &Context) -> Term {
     namespace::start(&term, &discovery);
     garbage::start(&term, &discovery);
     crate::scheduler::start(&term);
+    node::start(&term);
+    nodecidr::start(&term);
+    eviction::start(&term);
+    podgc::start(&term);
     term
 }
+
+#[cfg(test)]
+mod tests;
