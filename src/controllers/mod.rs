@@ -40,12 +40,14 @@ pub mod selector;
 pub mod template;
 
 mod backend;
+mod completion;
 mod deployment;
 pub mod discovery;
 mod endpoint;
 mod endpointslice;
 mod eviction;
 mod garbage;
+mod job;
 mod namespace;
 mod node;
 mod nodecidr;
@@ -178,6 +180,7 @@ fn begin_term(context: &Context) -> Term {
     nodecidr::start(&term);
     eviction::start(&term);
     podgc::start(&term);
+    job::start(&term);
     term
 }
 

@@ -30,9 +30,10 @@ impl Cluster {
         let filter = tracing_subscriber::EnvFilter::from_default_env();
         let _another_test_did = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         let shutdown = CancellationToken::new();
+        let backend = memory::backend();
         let server = ApiServer::new(Parts {
-            backend: memory::backend(),
-            authorizer: Default::default(),
+            authorizer: crate::auth::Authorizer::new(backend.store().clone()),
+            backend,
             admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
             shutdown: shutdown.clone(),
