@@ -47,6 +47,7 @@ mod endpoint;
 mod endpointslice;
 mod eviction;
 mod garbage;
+mod history;
 mod job;
 mod namespace;
 mod node;
@@ -55,6 +56,7 @@ mod podgc;
 mod replicaset;
 mod rollout;
 mod serviceaccount;
+mod statefulset;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -181,6 +183,7 @@ fn begin_term(context: &Context) -> Term {
     eviction::start(&term);
     podgc::start(&term);
     job::start(&term);
+    statefulset::start(&term);
     term
 }
 
