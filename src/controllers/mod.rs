@@ -40,15 +40,23 @@ pub mod selector;
 pub mod template;
 
 mod backend;
+mod completion;
 mod deployment;
 pub mod discovery;
 mod endpoint;
 mod endpointslice;
+mod eviction;
 mod garbage;
+mod history;
+mod job;
 mod namespace;
+mod node;
+mod nodecidr;
+mod podgc;
 mod replicaset;
 mod rollout;
 mod serviceaccount;
+mod statefulset;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -170,5 +178,14 @@ fn begin_term(context: &Context) -> Term {
     namespace::start(&term, &discovery);
     garbage::start(&term, &discovery);
     crate::scheduler::start(&term);
+    node::start(&term);
+    nodecidr::start(&term);
+    eviction::start(&term);
+    podgc::start(&term);
+    job::start(&term);
+    statefulset::start(&term);
     term
 }
+
+#[cfg(test)]
+mod tests;
