@@ -11,21 +11,28 @@
 //! | [`request`] | [`Request`], [`Operation`] |
 //! | [`pod`] | walking pod specs in JSON |
 //! | [`namespace_lifecycle`] | NamespaceLifecycle |
+//! | [`limit_ranger`] | LimitRanger |
 //! | [`service_account`] | ServiceAccount |
 //! | [`node_restriction`] | NodeRestriction |
+//! | [`pod_security`] | PodSecurity |
 //! | [`priority`] | Priority |
 //! | [`defaults`] | DefaultTolerationSeconds, TaintNodesByCondition, DefaultStorageClass, DefaultIngressClass, StorageObjectInUseProtection, RuntimeClass |
 //! | [`certificates`] | CertificateApproval, CertificateSigning, CertificateSubjectRestriction |
 //! | [`rbac_escalation`] | nobody grants what they do not hold |
+//! | [`quota`], [`resource_list`] | ResourceQuota; amounts of resources |
 
 pub mod certificates;
 pub mod defaults;
+pub mod limit_ranger;
 pub mod namespace_lifecycle;
 pub mod node_restriction;
 pub mod pod;
+pub mod pod_security;
 pub mod priority;
+pub mod quota;
 pub mod rbac_escalation;
 pub mod request;
+pub mod resource_list;
 pub mod service_account;
 
 pub use request::{Operation, Request, Warnings};
@@ -75,6 +82,7 @@ impl Admission {
     pub async fn mutate(&self, request: &mut Request<'_>) -> Result<Warnings, Status> {
         let world = &*self.world;
         namespace_lifecycle::check(world, request)?;
+        limit_ranger::mutate(world, request)?;
         service_account::mutate(world, request).await?;
         node_restriction::check(world, request)?;
         defaults::taint_new_node(request);
@@ -91,11 +99,14 @@ impl Admission {
     /// The validating phase: changes nothing but may charge quotas, so call it last and once per attempt.
     pub async fn validate(&self, request: &Request<'_>) -> Result<Warnings, Status> {
         let world = &*self.world;
+        limit_ranger::validate(world, request)?;
         service_account::validate(world, request)?;
+        let warnings = pod_security::validate(world, request)?;
         priority::validate(world, request)?;
         certificates::validate(world, request)?;
         rbac_escalation::check(world, request)?;
-        Ok(Warnings::new())
+        quota::charge(world, request).await?;
+        Ok(warnings)
     }
 
     /// Both phases.
