@@ -5,6 +5,8 @@ use super::body::Body;
 use super::{ApiServer, Parts};
 use crate::auth::Identity;
 use crate::strategy::service::allocation::ServiceNetwork;
+use coracle_store::{Op, Txn};
+use futures::FutureExt;
 use http::{Request, Response};
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -16,10 +18,23 @@ pub struct Harness {
 impl Harness {
     pub fn new() -> Harness {
         let backend = memory::backend();
+        for (key, object) in [
+            ("/registry/core/namespaces/default", json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "default", "uid": "n" } })),
+            (
+                "/registry/core/serviceaccounts/default/default",
+                json!({ "apiVersion": "v1", "kind": "ServiceAccount",
+                    "metadata": { "namespace": "default", "name": "default", "uid": "s" } }),
+            ),
+        ] {
+            let put = Op::Put { key: key.into(), value: object.to_string().into(), lease: 0 };
+            let written = backend.txn(Txn { then: vec![put], ..Txn::default() }).now_or_never();
+            written.unwrap().unwrap();
+        }
+        let authorizer = crate::auth::Authorizer::new(backend.store().clone());
         let server = ApiServer::new(Parts {
-            authorizer: crate::auth::Authorizer::new(backend.store().clone()),
+            admission: crate::admission::Admission::new(backend.clone(), authorizer.clone()),
+            authorizer,
             backend,
-            admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
             services: ServiceNetwork { range: "10.43.0.0/16".parse().unwrap(), node_ports: 30000..=32767 },
             shutdown: Default::default(),

@@ -69,6 +69,11 @@ impl Authorizer {
         Ok(Decision { allowed: false, reason: reasons.join("\n") })
     }
 
+    /// The objects that decisions are made by.
+    pub(crate) fn objects(&self) -> &Objects {
+        &self.inner.objects
+    }
+
     /// Roles and bindings, as of now.
     pub(crate) fn rbac(&self) -> Result<RwLockReadGuard<'_, RbacIndex>, ObjectError> {
         self.inner.rbac.read()

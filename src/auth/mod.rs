@@ -16,6 +16,9 @@
 //! | [`authorizer`] | [`Authorizer`]: the chain of authorizers |
 //! | [`node`] | the node authorizer |
 //! | [`rbac`] | roles, bindings, the bootstrap policy |
+//! | [`reviews`], [`token_request`] | answers to access and token reviews; fresh service-account tokens |
+//! | [`certificates`] | certificate signing requests |
+//! | [`security`] | [`Security`]: all of it put together, in the order that the server starts it |
 //! | [`live`], [`objects`] | how all of them read the store |
 //!
 //! # Tasks
@@ -27,6 +30,7 @@ pub mod attributes;
 pub mod authn;
 pub mod authorizer;
 pub mod bootstrap_token;
+pub mod certificates;
 pub mod identity;
 pub mod impersonation;
 pub mod jwt;
@@ -35,11 +39,15 @@ pub mod node;
 pub mod objects;
 pub mod pki;
 pub mod rbac;
+pub mod reviews;
+pub mod security;
 pub mod service_account;
+pub mod token_request;
 pub mod x509;
 
 pub use attributes::{Attributes, Decision};
 pub use authn::{Authenticator, PeerCertificate};
 pub use authorizer::Authorizer;
 pub use identity::{Identity, UserInfo};
+pub use security::Security;
 pub use service_account::ServiceAccountTokens;

@@ -13,4 +13,4 @@ pub mod index;
 pub mod rule;
 
 pub use index::{RbacIndex, Verdict};
-pub use rule::PolicyRule;
+pub use rule::{PolicyRule, missing_rules};

@@ -146,6 +146,34 @@ pub(super) fn compact(atoms: Vec<PolicyRule>) -> Vec<PolicyRule> {
     rules
 }
 
+/// What of `wanted` the rules in `own` do not cover, described and sorted as upstream does.
+pub fn missing_rules(own: &[PolicyRule], wanted: &[PolicyRule]) -> Vec<String> {
+    let uncovered = |atom: &PolicyRule| !own.iter().any(|rule| rule.covers_atom(atom));
+    let missing = compact(wanted.iter().flat_map(PolicyRule::atoms).filter(uncovered).collect());
+    let texts: std::collections::BTreeSet<String> = missing.iter().map(PolicyRule::describe).collect();
+    texts.into_iter().collect()
+}
+
+impl PolicyRule {
+    /// `{APIGroups:[""], Resources:["pods"], Verbs:["get"]}`
+    fn describe(&self) -> String {
+        let fields = [
+            ("APIGroups", &self.api_groups),
+            ("Resources", &self.resources),
+            ("NonResourceURLs", &self.non_resource_urls),
+            ("ResourceNames", &self.resource_names),
+            ("Verbs", &self.verbs),
+        ];
+        let list = |items: &[String]| items.iter().map(|item| format!("{item:?}")).collect::<Vec<_>>().join(" ");
+        let parts: Vec<String> = fields
+            .iter()
+            .filter(|(_, items)| !items.is_empty())
+            .map(|(name, items)| format!("{name}:[{}]", list(items)))
+            .collect();
+        format!("{{{}}}", parts.join(", "))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,5 +209,32 @@ mod tests {
         for (at, allowed) in [("/livez", true), ("/livez/ping", false), ("/openapi/v3", true), ("/openapi", false)] {
             assert_eq!(urls.allows(&path(at)), allowed, "{at}");
         }
+    }
+
+    #[test]
+    fn missing_rights_are_what_no_single_rule_covers() {
+        let own = [
+            rule(json!({ "apiGroups": [""], "resources": ["pods", "*/scale"], "verbs": ["get", "list"] })),
+            rule(json!({ "apiGroups": ["apps"], "resources": ["*"], "verbs": ["*"], "resourceNames": ["a"] })),
+            rule(json!({ "nonResourceURLs": ["/x/*"], "verbs": ["get"] })),
+        ];
+        let missing = |wanted: serde_json::Value| missing_rules(&own, &[rule(wanted)]);
+        let none: [&str; 0] = [];
+        assert_eq!(missing(json!({ "apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"] })), none);
+        assert_eq!(missing(json!({ "apiGroups": [""], "resources": ["rc/scale"], "verbs": ["get"] })), none);
+        assert_eq!(missing(json!({ "nonResourceURLs": ["/x/y"], "verbs": ["get"] })), none);
+        assert_eq!(
+            missing(json!({ "apiGroups": [""], "resources": ["pods", "secrets"], "verbs": ["get", "delete"] })),
+            [
+                r#"{APIGroups:[""], Resources:["pods"], Verbs:["delete"]}"#,
+                r#"{APIGroups:[""], Resources:["secrets"], Verbs:["get" "delete"]}"#,
+            ]
+        );
+        // A right to one name is no right to all.
+        let all = json!({ "apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get"] });
+        assert_eq!(missing(all), [r#"{APIGroups:["apps"], Resources:["deployments"], Verbs:["get"]}"#]);
+        let named = json!({ "apiGroups": ["apps"], "resources": ["x"], "verbs": ["get"], "resourceNames": ["a"] });
+        assert_eq!(missing(named), none);
+        assert_eq!(missing(json!({ "apiGroups": [""], "resources": ["*"], "verbs": ["get"] })).len(), 1);
     }
 }

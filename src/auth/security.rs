@@ -1,0 +1,143 @@
+//! Puts the parts together: what the server calls at start, in order.
+//!
+//! 1. [`Security::open`] once the log runs: waits for a plausible clock, opens or creates the cluster's keys, writes CA
+//!    copies and tokens under the data dir.
+//! 2. `ApiServer::new` with [`Security::authorizer`] and [`Security::admission`], then [`Security::attach`].
+//! 3. [`Security::listen`], and `Listener::serve` as a task.
+//! 4. Namespaces `kube-system`, `kube-public`, `default`, `kube-node-lease`; then `rbac::bootstrap::reconcile` with a client
+//!    as [`Identity::apiserver`](super::Identity::apiserver).
+//! 5. [`Security::write_admin_kubeconfig`], and the server is ready.
+
+use super::pki::{ClusterKey, ClusterKeys, PkiError, ServerLeaf, clock, files, record, server_leaf};
+use super::reviews::Answers;
+use super::{Authenticator, Authorizer, ServiceAccountTokens};
+use crate::admission::Admission;
+use crate::apiserver::ApiServer;
+use crate::apiserver::backend::Backend;
+use crate::apiserver::body::Body;
+use crate::apiserver::listener::{Limits, ListenError, Listener};
+use http::{HeaderValue, Response, header};
+use serde_json::json;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::sync::watch;
+
+/// Where the cluster key lies under the data dir.
+const CLUSTER_KEY: &str = "server/cluster.key";
+
+/// Why the server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum SecurityError {
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error("preparing client authentication")]
+    Tls(#[source] rustls::Error),
+}
+
+/// Names and addresses that the serving certificate must carry, besides those every in-cluster client uses.
+#[derive(Clone, Debug)]
+pub struct ServingNames<'a> {
+    pub cluster_domain: &'a str,
+    pub node_name: &'a str,
+    /// Advertised address, bind address, first address of the service range, ...
+    pub addresses: &'a [IpAddr],
+    /// `--tls-san`.
+    pub configured: &'a [String],
+}
+
+/// Keys and everything that decides by them. Cheap to clone.
+#[derive(Clone)]
+pub struct Security {
+    pub keys: Arc<ClusterKeys>,
+    pub authenticator: Authenticator,
+    pub authorizer: Authorizer,
+    pub admission: Admission,
+    pub tokens: ServiceAccountTokens,
+}
+
+impl Security {
+    /// Opens the cluster's keys. `clock_state` holds a reason for `/readyz` while the system clock is wrong, which is waited
+    /// out.
+    pub async fn open(
+        node: &coracle_raft::Node,
+        data_dir: &Path,
+        cluster_domain: &str,
+        clock_state: &watch::Sender<Option<String>>,
+    ) -> Result<Security, SecurityError> {
+        clock::wait_until_plausible(clock::earliest(None), clock_state).await;
+        let cluster_key = ClusterKey::load_or_create(&data_dir.join(CLUSTER_KEY))?;
+        let keys = record::load_or_create(node, &cluster_key, SystemTime::now()).await?;
+        clock::wait_until_plausible(clock::earliest(Some(keys.server_ca.not_before())), clock_state).await;
+        files::write_data_dir(data_dir, &keys)?;
+        let backend = Backend::new(node.store().clone(), Arc::new(node.clone()));
+        Security::assemble(Arc::new(keys), backend, cluster_domain)
+    }
+
+    /// The parts over keys that are open.
+    pub fn assemble(keys: Arc<ClusterKeys>, backend: Backend, cluster_domain: &str) -> Result<Security, SecurityError> {
+        let authorizer = Authorizer::new(backend.store().clone());
+        let objects = authorizer.objects().clone();
+        let issuer = format!("https://kubernetes.default.svc.{cluster_domain}");
+        let tokens = ServiceAccountTokens::new(keys.clone(), objects.clone(), &issuer);
+        let authenticator = Authenticator::new(&keys, tokens.clone(), objects).map_err(SecurityError::Tls)?;
+        let admission = Admission::new(backend, authorizer.clone());
+        Ok(Security { keys, authenticator, authorizer, admission, tokens })
+    }
+
+    /// Answers reviews, issues tokens and serves the issuer's documents through `server`. `address` is the advertised
+    /// `host:port`.
+    pub fn attach(&self, server: &ApiServer, address: &str) {
+        server.set_reviews(Arc::new(Answers {
+            authenticator: self.authenticator.clone(),
+            authorizer: self.authorizer.clone(),
+            admission: self.admission.clone(),
+            tokens: self.tokens.clone(),
+        }));
+        let configuration = json!({
+            "issuer": self.tokens.issuer(),
+            "jwks_uri": format!("https://{address}/openid/v1/jwks"),
+            "response_types_supported": ["id_token"],
+            "subject_types_supported": ["public"],
+            "id_token_signing_alg_values_supported": ["ES256"],
+        });
+        let keys: Vec<_> = self.keys.service_account.iter().map(|key| key.jwk()).collect();
+        serve_document(server, "/.well-known/openid-configuration", "application/json", configuration.to_string());
+        serve_document(server, "/openid/v1/jwks", "application/jwk-set+json", json!({ "keys": keys }).to_string());
+    }
+
+    /// Binds the TLS listener and keeps its certificate fresh until `shutdown`.
+    pub async fn listen(
+        &self,
+        address: SocketAddr,
+        names: &ServingNames<'_>,
+        shutdown: &tokio_util::sync::CancellationToken,
+    ) -> Result<Listener, ListenError> {
+        let names =
+            server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, names.configured);
+        let leaf = ServerLeaf::issue(self.keys.clone(), names, SystemTime::now())?;
+        let (authenticator, authorizer) = (self.authenticator.clone(), self.authorizer.clone());
+        let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default()).await?;
+        tokio::spawn(leaf.keep_fresh(shutdown.clone()));
+        Ok(listener)
+    }
+
+    /// Writes the administrator's kubeconfig, by rename.
+    pub fn write_admin_kubeconfig(&self, path: &Path, mode: u32, server_url: &str) -> Result<(), PkiError> {
+        files::write_kubeconfig(path, mode, &self.keys, server_url, &files::ADMIN, SystemTime::now())
+    }
+}
+
+fn serve_document(server: &ApiServer, path: &str, media_type: &'static str, text: String) {
+    let text = bytes::Bytes::from(text);
+    let handler = move |_| {
+        let mut response = Response::new(Body::full(text.clone()));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+        let answer: futures::future::BoxFuture<'static, Response<Body>> = Box::pin(std::future::ready(response));
+        answer
+    };
+    server.add_path(path, Arc::new(handler));
+}
