@@ -75,7 +75,8 @@ pub async fn run(
     // From here on every name derives from the directory that now exists.
     let instance = crate::instance::Instance::of(&config.data_dir);
     if config.node_ips.is_empty() {
-        config.node_ips = addresses::default_addresses();
+        let ours = [config.cluster_cidr.as_slice(), config.service_cidr.as_slice()].concat();
+        config.node_ips = addresses::default_addresses(&ours);
     }
     let tasks = TaskTracker::new();
 

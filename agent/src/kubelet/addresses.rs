@@ -2,11 +2,16 @@
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
-/// The address that the default route uses; without one the first global address, then the first of all.
-pub fn default_addresses() -> Vec<IpAddr> {
+use ipnet::IpNet;
+
+/// The address that the default route uses; without one the first global address, then the first of all. Addresses in
+/// `ours` (pods, Services, the cluster DNS on `lo`) are no addresses of the machine.
+pub fn default_addresses(ours: &[IpNet]) -> Vec<IpAddr> {
+    let foreign = |ip: Ipv4Addr| !ours.iter().any(|range| range.contains(&IpAddr::V4(ip)));
     routed()
-        .or_else(|| first(|ip| !ip.is_loopback() && !ip.is_link_local()))
-        .or_else(|| first(|_| true))
+        .filter(|ip| foreign(*ip))
+        .or_else(|| first(|ip| foreign(ip) && !ip.is_loopback() && !ip.is_link_local()))
+        .or_else(|| first(foreign))
         .into_iter()
         .map(IpAddr::V4)
         .collect()

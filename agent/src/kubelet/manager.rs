@@ -25,6 +25,8 @@ use crate::watch::{Event, Target, Watcher};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Uids of finished pods that are remembered, so that a late event does not start them again.
 const TOMBSTONES: usize = 512;
+/// Changes of pods that may wait for the manager.
+const CHANGES: usize = 64;
 
 struct Handle {
     mailbox: watch::Sender<Wanted>,
@@ -65,14 +67,14 @@ impl Manager {
     pub async fn run(mut self, client: kube::Client, mut static_pods: StaticPods) {
         let target =
             Target::all("/api/v1/pods").with_fields(format!("spec.nodeName={}", self.context.config.node_name));
-        let mut watcher = Watcher::new(client, target);
+        let mut changes = follow(Watcher::new(client, target), self.shutdown.clone());
         let mut events = self.context.runtime.events();
         let patience = tokio::time::sleep(PATIENCE);
         tokio::pin!(patience);
         let mut waiting = true;
         loop {
             tokio::select! {
-                event = watcher.next() => self.handle(event).await,
+                Some(event) = changes.recv() => self.handle(event).await,
                 event = events.recv() => match event {
                     Ok(event) => self.wake(Some(&event.pod_uid)),
                     // Some were missed: everybody looks.
@@ -238,6 +240,26 @@ impl Manager {
         let (pods, memory) = (host.pods_dir.clone(), host.memory_dir.clone());
         let _ = tokio::task::spawn_blocking(move || clean_folders(&pods, &memory, &keep)).await;
     }
+}
+
+/// A task of its own: a list that is under way must not be given up because something else happens.
+fn follow(mut watcher: Watcher, shutdown: CancellationToken) -> mpsc::Receiver<Event> {
+    let (sender, receiver) = mpsc::channel(CHANGES);
+    tokio::spawn(async move {
+        let follow = async {
+            loop {
+                let event = watcher.next().await;
+                if sender.send(event).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = follow => {}
+            () = shutdown.cancelled() => {}
+        }
+    });
+    receiver
 }
 
 fn clean_folders(pods: &Path, memory: &Path, keep: &BTreeSet<String>) {

@@ -327,12 +327,10 @@ impl Draft<'_> {
         let mut plan = Plan { steps: self.kills, ..Plan::default() };
         let mut blocked = false;
         for (container, kind) in self.starts {
-            let killed =
-                plan.steps.iter().any(|step| matches!(step, Step::Kill { name, .. } if *name == container.name));
             let dead = self.input.observed.of(&container.name).find(|status| status.state == ContainerState::Exited);
             let since = dead.and_then(|status| status.finished_at.or(Some(status.created_at)));
             let waiting = since.and_then(|since| self.input.backoffs.waiting(&container.name, since, self.input.now));
-            if let Some(waiting) = waiting.filter(|_| !killed) {
+            if let Some(waiting) = waiting {
                 plan.wake = Some(plan.wake.map_or(waiting.left, |wake| wake.min(waiting.left)));
                 plan.waiting.insert(
                     container.name.clone(),

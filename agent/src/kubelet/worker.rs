@@ -101,6 +101,8 @@ pub struct Worker {
     deleted: bool,
     torn_down: bool,
     stale_volumes: bool,
+    /// The phase in the durable copy; `None` when the copy is out of date.
+    copied: Option<Option<String>>,
     retry: Jitter,
     report_retry: Jitter,
     act_at: Option<Instant>,
@@ -151,6 +153,7 @@ impl Worker {
             deleted: false,
             torn_down: false,
             stale_volumes: false,
+            copied: None,
             retry: Jitter::new(Duration::from_millis(500), Duration::from_secs(120)),
             report_retry: Jitter::new(Duration::from_millis(200), Duration::from_secs(30)),
             act_at: None,
@@ -179,15 +182,10 @@ impl Worker {
         }
     }
 
-    /// The specification is new: keep a copy that outlives the agent, follow what its volumes show.
+    /// The specification is new: write it down anew, follow what its volumes show.
     fn accept_pod(&mut self) {
         if self.stage == Stage::Running && !self.removed {
-            let (pods_dir, pod) = (self.context.volumes.pods_dir.clone(), self.pod.clone());
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = files::save_durable(&pods_dir, &pod) {
-                    tracing::warn!(%error, pod = containers::describe(&pod), "durable copy not written");
-                }
-            });
+            self.copied = None;
             let watched = pod_volumes::watched(&self.pod);
             self.context.watches.follow(containers::uid(&self.pod), &watched, &self.object_wake);
         }
@@ -422,6 +420,7 @@ impl Worker {
 
     /// Shows the status to the node's HTTP service and starts to write it to the API.
     fn publish(&mut self) {
+        self.save_copy();
         let published = Published { pod: self.pod.clone(), status: Arc::new(self.status.clone()) };
         self.board.write().insert(containers::uid(&self.pod).to_owned(), published);
         let may_write = self.report.is_none() && !self.removed && !self.deleted && !containers::is_static(&self.pod);
@@ -436,6 +435,19 @@ impl Worker {
         let (old, new) = (self.reported.clone(), self.status.clone());
         self.in_report = new.clone();
         self.report = Some(Box::pin(async move { report::write(&api, &pod, &old, &new).await }));
+    }
+
+    /// Keeps what the next agent needs without an API server: the specification, when the pod began, how it ended.
+    fn save_copy(&mut self) {
+        let phase = self.status.phase.clone();
+        if self.removed || self.copied == Some(phase.clone()) {
+            return;
+        }
+        let pod = Pod { status: Some(self.status.clone()), ..(*self.pod).clone() };
+        match files::save_durable(&self.context.volumes.pods_dir, &pod) {
+            Ok(()) => self.copied = Some(phase),
+            Err(error) => tracing::warn!(%error, pod = containers::describe(&pod), "durable copy not written"),
+        }
     }
 
     fn is_finished(&self) -> bool {
