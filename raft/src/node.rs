@@ -428,6 +428,8 @@ async fn watch_leadership(
             (now.state == ServerState::Leader, alone)
         };
         sole.store(leading && alone, Ordering::Release);
+        // A sole leader has nobody to send heartbeats to, and nobody who could take its place.
+        raft.runtime_config().tick(!(leading && alone));
         if leads.send_replace(leading) != leading && leading {
             store.renew_leases();
         }
