@@ -30,7 +30,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use coracle_agent::AgentConfig;
@@ -40,12 +40,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
-use crate::admission::Admission;
-use crate::apiserver::listener::{Limits, Listener};
 use crate::apiserver::{ApiServer, backend::Backend, service::Parts};
-use crate::auth::objects::Objects;
-use crate::auth::pki::{ClusterKey, ClusterKeys, ServerLeaf, clock, files, record, server_leaf};
-use crate::auth::{Authenticator, Authorizer, Identity, ServiceAccountTokens, rbac};
+use crate::auth::security::ServingNames;
+use crate::auth::{Identity, Security, rbac};
 use crate::controllers;
 use crate::strategy::service::allocation::ServiceNetwork;
 
@@ -152,49 +149,40 @@ impl Server {
         })
         .await
         .context("start the store")?;
-        let backend = Backend::new(raft.store().clone(), Arc::new(raft.clone()));
-
         let (clock_state, clock_problem) = tokio::sync::watch::channel(None);
-        clock::wait_until_plausible(clock::earliest(None), &clock_state).await;
-        let cluster_key = ClusterKey::load_or_create(&settings.data_dir.join("server/cluster.key"))?;
-        let keys = record::load_or_create(&raft, &cluster_key, SystemTime::now()).await;
-        let keys = Arc::new(keys.context("the keys of the cluster")?);
-        files::write_data_dir(&settings.data_dir, &keys)?;
-
+        let security = Security::open(&raft, &settings.data_dir, &settings.cluster_domain, &clock_state).await;
+        let security = security.context("open the keys of the cluster")?;
         let network = ServiceNetwork { range: settings.service_cidr, node_ports: settings.node_ports.clone() };
         let service_ip = network.first();
-        let mut addresses = node_ips.clone();
-        addresses.extend([advertise, settings.bind_address, service_ip]);
-        let names =
-            server_leaf::server_names(&settings.cluster_domain, &settings.node_name, &addresses, &settings.tls_san);
-        let leaf = ServerLeaf::issue(keys.clone(), names, SystemTime::now())?;
-        let objects = Objects::new(raft.store().clone());
-        let issuer = format!("https://kubernetes.default.svc.{}", settings.cluster_domain);
-        let tokens = ServiceAccountTokens::new(keys.clone(), objects.clone(), &issuer);
-        let authenticator = Authenticator::new(&keys, tokens.clone(), objects).context("prepare authentication")?;
-        let authorizer = Authorizer::new(raft.store().clone());
-
+        let address = SocketAddr::new(advertise, settings.port).to_string();
         let api = ApiServer::new(Parts {
-            backend,
-            authorizer: authorizer.clone(),
-            admission: Admission::default(),
-            address: SocketAddr::new(advertise, settings.port).to_string(),
+            backend: Backend::new(raft.store().clone(), Arc::new(raft.clone())),
+            authorizer: security.authorizer.clone(),
+            admission: security.admission.clone(),
+            address: address.clone(),
             services: network,
             shutdown: shutdown.clone(),
         });
+        security.attach(&api, &address);
         let started = Arc::new(AtomicBool::new(false));
         add_health_checks(&api, &raft, &started, clock_problem);
-        let listener = Listener::bind(listen, leaf.clone(), authenticator, authorizer, Limits::default()).await?;
 
-        let mut tasks = Vec::new();
+        let mut addresses = node_ips.clone();
+        addresses.extend([advertise, settings.bind_address, service_ip]);
+        let names = ServingNames {
+            cluster_domain: &settings.cluster_domain,
+            node_name: &settings.node_name,
+            addresses: &addresses,
+            configured: &settings.tls_san,
+        };
+        let listener = security.listen(listen, &names, &shutdown).await?;
         let service = BoxCloneSyncService::new(api.clone());
-        tasks.push(("listener", tokio::spawn(listener.serve(service, shutdown.clone()))));
-        tasks.push(("serving certificate", tokio::spawn(leaf.keep_fresh(shutdown.clone()))));
+        let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
 
         let own = crate::apiserver::client(&api, Identity::apiserver());
         rbac::bootstrap::reconcile(&own).await.context("write the bootstrap policy")?;
         bootstrap::ensure(&own, &settings, advertise, service_ip).await?;
-        write_kubeconfigs(&settings, &keys, listen)?;
+        write_kubeconfigs(&settings, &security, listen)?;
 
         tasks.push((
             "controllers",
@@ -202,7 +190,7 @@ impl Server {
                 client_for: identities::client_for(&api),
                 leadership: raft.leadership(),
                 cluster_cidrs: vec![settings.cluster_cidr],
-                root_ca_pem: keys.server_ca.certificate_pem().into(),
+                root_ca_pem: security.keys.server_ca.certificate_pem().into(),
                 shutdown: shutdown.clone(),
             }),
         ));
@@ -247,17 +235,17 @@ fn add_health_checks(
     health.add_ready("clock", Arc::new(move || clock_problem.borrow().clone().map_or(Ok(()), Err)));
 }
 
-fn write_kubeconfigs(settings: &Settings, keys: &ClusterKeys, listen: SocketAddr) -> anyhow::Result<()> {
+fn write_kubeconfigs(settings: &Settings, security: &Security, listen: SocketAddr) -> anyhow::Result<()> {
     // The loopback address unless the server listens on one address only.
     let host = match listen.ip() {
         ip if ip.is_unspecified() => IpAddr::from([127, 0, 0, 1]),
         ip => ip,
     };
     let url = format!("https://{}", SocketAddr::new(host, listen.port()));
-    let now = SystemTime::now();
-    files::write_kubeconfig(&admin_kubeconfig(&settings.data_dir), 0o600, keys, &url, &files::ADMIN, now)?;
-    let (path, mode) = (&settings.kubeconfig, settings.kubeconfig_mode);
-    files::write_kubeconfig(path, mode, keys, &url, &files::ADMIN, now)
+    security.write_admin_kubeconfig(&admin_kubeconfig(&settings.data_dir), 0o600, &url)?;
+    let path = &settings.kubeconfig;
+    security
+        .write_admin_kubeconfig(path, settings.kubeconfig_mode, &url)
         .with_context(|| format!("--write-kubeconfig {:?}", path.display()))
 }
 
