@@ -127,6 +127,11 @@ impl Call<'_> {
     /// # Errors
     /// 500 when it cannot be written.
     pub fn format(&self, code: StatusCode, accepted: Accepted, object: &Value) -> Result<Response<Body>, Status> {
+        if accepted.format == Format::Protobuf
+            && let Some(bytes) = codec::to_protobuf(object)
+        {
+            return Ok(self.bytes(code, Format::Protobuf, bytes.into()));
+        }
         let mut json = serde_json::to_vec(object).map_err(Status::internal)?;
         match accepted.format {
             Format::Yaml => Ok(self.bytes(code, Format::Yaml, codec::to_yaml(&json)?.into())),

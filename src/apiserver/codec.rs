@@ -5,10 +5,12 @@ use super::negotiate::{JSON, MEDIA_TYPES, PROTOBUF, YAML};
 use super::resources::Resource;
 use super::status::Status;
 use crate::schema::decode::FieldValidation;
-use crate::schema::{self, TypeId};
+use crate::schema::{self, TypeId, proto};
 use http::HeaderMap;
 use serde_json::Value;
 
+/// Where the types of `meta.k8s.io` are in the schema.
+const META_TYPES: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
 /// Largest request body, in bytes (upstream's).
 pub const BODY_MAX: usize = 3 * 1024 * 1024;
 
@@ -79,11 +81,47 @@ pub fn decode(kind: Kind<'_>, body: &[u8], format: BodyFormat, validation: Field
     let format = match format {
         BodyFormat::Json => schema::decode::Format::Json,
         BodyFormat::Yaml => schema::decode::Format::Yaml,
-        BodyFormat::Protobuf => return Err(Status::unsupported_media_type(&MEDIA_TYPES)),
+        BodyFormat::Protobuf => return decode_protobuf(kind, node, body),
     };
     let decoded = schema::decode::decode(schema::builtin(), &expected, body, format, validation)
         .map_err(|error| Status::bad_request(error.to_string()))?;
     Ok(Decoded { value: decoded.value, warnings: decoded.warnings })
+}
+
+fn decode_protobuf(kind: Kind<'_>, node: TypeId, body: &[u8]) -> Result<Decoded, Status> {
+    let refuse = |error: &dyn std::fmt::Display| {
+        Status::bad_request(format!("the object provided is unrecognized (must be of type {}): {error}", kind.kind))
+    };
+    let unknown = proto::open(body).map_err(|error| refuse(&error))?;
+    let api_version = kind.api_version();
+    let same = |found: &str, wanted: &str| found.is_empty() || found == wanted;
+    if !same(&unknown.kind, kind.kind) || !same(&unknown.api_version, &api_version) {
+        return Err(Status::bad_request(format!(
+            "the object provided is of {}, Kind={}, which does not match the expected {api_version}, Kind={}",
+            unknown.api_version, unknown.kind, kind.kind
+        )));
+    }
+    let mut value = proto::decode(schema::builtin(), node, unknown.raw).map_err(|error| refuse(&error))?;
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("apiVersion".to_owned(), Value::String(api_version));
+        fields.insert("kind".to_owned(), Value::String(kind.kind.to_owned()));
+    }
+    Ok(Decoded { value, warnings: Vec::new() })
+}
+
+/// An object as protobuf; none when its type has no such form (custom resources).
+pub fn to_protobuf(object: &Value) -> Option<Vec<u8>> {
+    let text = |key: &str| object.get(key).and_then(Value::as_str).unwrap_or_default();
+    let (api_version, kind) = (text("apiVersion"), text("kind"));
+    let (group, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
+    let table = schema::builtin();
+    let id = match kind {
+        "Status" | "Table" | "PartialObjectMetadata" | "PartialObjectMetadataList" => {
+            table.by_name(&format!("{META_TYPES}.{kind}"))?
+        }
+        _ => table.by_gvk(group, version, kind)?,
+    };
+    Some(proto::encode(table, id, object))
 }
 
 /// Decodes the body of a server-side apply (YAML, of which JSON is a part) as it stands: only what is there is applied.
@@ -159,7 +197,12 @@ pub fn decode_delete_options(body: &[u8], format: BodyFormat) -> Result<Value, S
     let mut value: Value = match format {
         BodyFormat::Json => serde_json::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
         BodyFormat::Yaml => serde_yaml::from_slice(body).map_err(|e| Status::bad_request(e.to_string()))?,
-        BodyFormat::Protobuf => return Err(Status::unsupported_media_type(&MEDIA_TYPES)),
+        BodyFormat::Protobuf => {
+            let node = schema::builtin().by_name(&format!("{META_TYPES}.DeleteOptions"));
+            let node = node.ok_or_else(|| Status::internal("no schema of DeleteOptions"))?;
+            let refuse = |error: proto::ProtoError| Status::bad_request(error.to_string());
+            proto::decode(schema::builtin(), node, proto::open(body).map_err(refuse)?.raw).map_err(refuse)?
+        }
     };
     if value.is_null() {
         value = serde_json::json!({});

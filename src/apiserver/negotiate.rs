@@ -105,6 +105,7 @@ pub fn negotiate(headers: &HeaderMap, tables: bool) -> Result<Accepted, Status> 
     {
         return Ok(Accepted { format: Format::Json, view: View::Object, meta_version: "v1" });
     }
+    let mut protobuf = None;
     for clause in clauses(headers) {
         let Some(format) = clause.format() else { continue };
         let view = match clause.parameter("as") {
@@ -118,9 +119,14 @@ pub fn negotiate(headers: &HeaderMap, tables: bool) -> Result<Accepted, Status> 
             (_, "meta.k8s.io", "v1beta1") => "v1beta1",
             _ => continue,
         };
-        return Ok(Accepted { format, view, meta_version });
+        let accepted = Accepted { format, view, meta_version };
+        if format != Format::Protobuf {
+            return Ok(accepted);
+        }
+        // JSON is what is stored: protobuf is made only for those who take nothing else.
+        protobuf = protobuf.or(Some(accepted));
     }
-    Err(Status::not_acceptable(&MEDIA_TYPES))
+    protobuf.ok_or_else(|| Status::not_acceptable(&MEDIA_TYPES))
 }
 
 #[cfg(test)]
@@ -137,8 +143,9 @@ mod tests {
     fn the_first_clause_that_fits_wins() {
         let table = accept("application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json").unwrap();
         assert_eq!((table.view, table.meta_version), (View::Table, "v1"));
-        let protobuf = accept("application/vnd.kubernetes.protobuf,application/json").unwrap();
-        assert_eq!(protobuf.format, Format::Protobuf);
+        let both = accept("application/vnd.kubernetes.protobuf,application/json").unwrap();
+        assert_eq!(both.format, Format::Json);
+        assert_eq!(accept("application/vnd.kubernetes.protobuf").unwrap().format, Format::Protobuf);
         assert_eq!(accept("application/yaml;q=0.1, application/json").unwrap().format, Format::Json);
         assert_eq!(accept("text/html, */*").unwrap().format, Format::Json);
         assert_eq!(accept("text/html").unwrap_err().code(), 406);

@@ -76,7 +76,9 @@ struct Client {
 
 impl Client {
     fn is_plain(&self) -> bool {
-        self.accepted.view == View::Object && codec::is_stored_form(&self.resource, &self.version)
+        self.accepted.view == View::Object
+            && self.accepted.format == Format::Json
+            && codec::is_stored_form(&self.resource, &self.version)
     }
 
     /// The line of a store event; none when the client does not see it.
@@ -129,7 +131,25 @@ impl Client {
                 shown
             }
         };
-        Some(object_line(kind, &shown))
+        Some(self.wrap(kind, &shown))
+    }
+
+    /// An event around an object, in the client's format.
+    fn wrap(&self, kind: &str, object: &Value) -> Bytes {
+        if self.accepted.format == Format::Protobuf
+            && let Some(body) = codec::to_protobuf(object)
+        {
+            return crate::schema::proto::watch_frame(kind, &body).into();
+        }
+        object_line(kind, object)
+    }
+
+    /// The content type of the stream.
+    fn media_type(&self) -> &'static str {
+        match self.accepted.format {
+            Format::Protobuf => "application/vnd.kubernetes.protobuf;stream=watch",
+            _ => negotiate::JSON,
+        }
     }
 
     /// A bookmark; `initial` marks the end of the initial events.
@@ -151,7 +171,7 @@ impl Client {
             shown["columnDefinitions"] = Value::Null;
             object = shown;
         }
-        object_line("BOOKMARK", &object)
+        self.wrap("BOOKMARK", &object)
     }
 }
 
@@ -181,10 +201,6 @@ fn object_line(kind: &str, object: &Value) -> Bytes {
     format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into()
 }
 
-fn error_line(status: &Status) -> Bytes {
-    object_line("ERROR", &status.to_value())
-}
-
 fn expired(wanted: u64, oldest: u64) -> Status {
     Status::expired(format!("too old resource version: {wanted} ({oldest})"))
 }
@@ -192,11 +208,15 @@ fn expired(wanted: u64, oldest: u64) -> Status {
 /// The verb watch.
 pub async fn watch(call: &Call<'_>) -> Result<Response<Body>, Status> {
     let options = ListOptions::new(call.query, call.resource, true)?;
-    let mut accepted = negotiate::negotiate(call.headers, true)?;
+    let accepted = negotiate::negotiate(call.headers, true)?;
     if accepted.format == Format::Yaml {
         return Err(Status::not_acceptable(&["application/json;stream=watch"]));
     }
-    accepted.format = Format::Json;
+    // Custom resources have no protobuf form: their clients get JSON.
+    let accepted = match codec::type_of(call.kind()) {
+        Err(_) => Accepted { format: Format::Json, ..accepted },
+        Ok(_) => accepted,
+    };
     let include = table::Include::of(call.query)?;
     let wanted = options.revision(call.resource)?;
     let store = call.server.backend().store().clone();
@@ -238,11 +258,12 @@ pub async fn watch(call: &Call<'_>) -> Result<Response<Body>, Status> {
     let watcher = match store.watch(WatchRequest { start, end, from_revision: Some(from + 1) }) {
         Ok(watcher) => watcher,
         Err(StoreError::Compacted { compacted }) => {
-            let line = error_line(&expired(from, compacted));
-            return Ok(respond(StatusCode::OK, negotiate::JSON, Body::full(line)));
+            let line = view.wrap("ERROR", &expired(from, compacted).to_value());
+            return Ok(respond(StatusCode::OK, view.media_type(), Body::full(line)));
         }
         Err(error) => return Err(Status::internal(error)),
     };
+    let media_type = view.media_type();
     let seconds = options.timeout_seconds.unwrap_or_else(|| TIMEOUT_MIN + rand::random_range(0..TIMEOUT_MIN));
     let now = Instant::now();
     let deadline = now + Duration::from_secs(seconds);
@@ -259,7 +280,7 @@ pub async fn watch(call: &Call<'_>) -> Result<Response<Body>, Status> {
         };
         Some((Ok(frame), (stream, shutdown)))
     });
-    Ok(respond(StatusCode::OK, negotiate::JSON, Body::stream(lines)))
+    Ok(respond(StatusCode::OK, media_type, Body::stream(lines)))
 }
 
 /// The keys to watch: one object when the selector or the path names it.
@@ -372,7 +393,7 @@ impl Stream {
             WatchError::Closed => return,
             WatchError::Store(error) => Status::internal(error),
         };
-        self.pending.push_back(error_line(&status));
+        self.pending.push_back(self.view.wrap("ERROR", &status.to_value()));
     }
 }
 
