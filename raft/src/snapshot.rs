@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn every_damaged_byte_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
-        let (_store, writer) = state(40);
+        let (_store, writer) = state(8);
         let file = write(dir.path(), &writer.pin()).unwrap();
         let good = fs::read(&file.path).unwrap();
         for at in 0..good.len() {

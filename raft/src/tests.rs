@@ -1,5 +1,6 @@
 //! openraft's own suite on our log and state machine, and stories about a node.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +10,12 @@ use coracle_store::{Command, Op, Response, Store, Txn};
 use openraft::testing::log::{StoreBuilder, Suite};
 use tempfile::TempDir;
 
-use crate::entry::TypeConfig;
+use crate::entry::{Peer, TypeConfig, to_raft_id, to_wal};
 use crate::log::{Growth, Log};
 use crate::machine::{ApplyThread, Snapshots, StateMachine};
+use crate::member::Member;
 use crate::view::Backend;
-use crate::wal::{SyncFile, Wal, WalOptions};
+use crate::wal::{LogId, SyncFile, Wal, WalOptions};
 use crate::{Node, Options, ProposeError, StartError};
 
 struct Builder;
@@ -109,7 +111,7 @@ fn put_n(n: usize) -> Txn {
 }
 
 async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(tokio::time::Instant::now() < deadline, "{what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -133,8 +135,9 @@ async fn snapshots_bound_the_log_and_a_restart_builds_on_them() {
             ..options(&dir, backend.clone())
         };
         let node = Node::start(options()).await.unwrap();
-        for n in 0..2000 {
-            node.txn(put_n(n % 100)).await.unwrap();
+        for round in 0..100 {
+            let puts = (0..20).map(|n| node.txn(put_n((20 * round + n) % 100)));
+            futures::future::try_join_all(puts).await.unwrap();
         }
         let wal = dir.path().join("wal");
         eventually("old segments go", || files(&wal, ".wal").len() < 10).await;
@@ -306,4 +309,19 @@ async fn a_command_that_is_too_long_is_refused_and_harms_nothing() {
     let node = Node::start(options(&dir, Backend::Memory)).await.unwrap();
     assert_eq!(value(&node, "/a").unwrap().len(), 3 << 20);
     node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_of_several_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let me = Member::load(dir.path()).unwrap().id;
+    let peers = BTreeMap::from([(me, Peer::default()), (me + 1, Peer::default())]);
+    let membership = openraft::Membership::new(vec![BTreeSet::from([me, me + 1])], peers).unwrap();
+    let log_id = to_raft_id(LogId { term: 0, index: 0 });
+    let entry = openraft::Entry { log_id, payload: openraft::EntryPayload::Membership(membership) };
+    let wal = Wal::open(&dir.path().join("wal"), WalOptions::new(1 << 20)).unwrap();
+    wal.append(vec![to_wal(&entry)], Box::new(|result| result.unwrap())).unwrap();
+    drop(wal);
+    let error = Node::start(options(&dir, Backend::Memory)).await.unwrap_err();
+    assert!(matches!(error, StartError::HasPeers { members: 2, .. }), "{error}");
 }
