@@ -69,7 +69,7 @@ pub(super) async fn issue(
         );
         return Err(Status::conflict(GROUP, KIND, name, why));
     }
-    prepare(answers, &mut request, &account, namespace)?;
+    prepare(&mut request, &account, namespace)?;
     let mut attributes = Request {
         identity: caller,
         operation: Operation::Create,
@@ -86,6 +86,10 @@ pub(super) async fn issue(
         options: None,
     };
     answers.admission.admit(&mut attributes).await?;
+    // Only now: admission compares what a node asked for with what the pod's volume says, and both may say nothing.
+    if request["spec"]["audiences"].as_array().is_none_or(Vec::is_empty) {
+        request["spec"]["audiences"] = json!(answers.tokens.api_audiences());
+    }
 
     let mut spec = TokenSpec {
         namespace: namespace.to_owned(),
@@ -113,12 +117,9 @@ pub(super) async fn issue(
 }
 
 /// Fills in what the request left open and checks the rest.
-fn prepare(answers: &Answers, request: &mut Value, account: &Meta, namespace: &str) -> Result<(), Status> {
+fn prepare(request: &mut Value, account: &Meta, namespace: &str) -> Result<(), Status> {
     if !request["spec"].is_object() {
         request["spec"] = json!({});
-    }
-    if request["spec"]["audiences"].as_array().is_none_or(Vec::is_empty) {
-        request["spec"]["audiences"] = json!(answers.tokens.api_audiences());
     }
     if request["spec"]["expirationSeconds"].is_null() {
         request["spec"]["expirationSeconds"] = DEFAULT_EXPIRATION.into();

@@ -12,7 +12,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::mpsc;
-use tokio_tungstenite::tungstenite::protocol::Message;
 
 use super::channel::{self, Protocol, Socket};
 use super::query::Query;
@@ -90,7 +89,7 @@ async fn forward(context: &Context, socket: Socket, protocol: Protocol, sandbox:
             }
         }
         // Every connection has ended.
-        let _ = sink.send(Message::Close(None)).await;
+        let _ = sink.send(super::channel::goodbye()).await;
     };
     let inward = async {
         while let Some(Ok(message)) = source.next().await {
