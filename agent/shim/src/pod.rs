@@ -98,17 +98,9 @@ pub fn join_cgroups(procs: &[std::path::PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-/// Sets `oom_score_adj` of this process, or the lowest value that the host lets it have.
+/// Sets `oom_score_adj` of this process. Without CAP_SYS_RESOURCE it cannot be lowered and stays as it is.
 pub fn set_oom_score_adj(wanted: i32) {
-    const PATH: &str = "/proc/self/oom_score_adj";
-    if fs::write(PATH, wanted.to_string()).is_err() {
-        // Without CAP_SYS_RESOURCE the value cannot go below its lowest so far.
-        for step in (wanted..=0).step_by(50).chain([0]) {
-            if fs::write(PATH, step.to_string()).is_ok() {
-                return;
-            }
-        }
-    }
+    let _ = fs::write("/proc/self/oom_score_adj", wanted.to_string());
 }
 
 fn flag(name: &str) -> Option<CloneFlags> {

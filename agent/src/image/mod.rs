@@ -9,10 +9,12 @@
 //! | [`unpack`] | one layer's tar into one folder, whiteouts included, nothing outside of it |
 //! | [`store`] | the content-addressed store, root filesystems of containers |
 //! | [`builtin`] | the image inside the program |
+//! | [`command`] | what `coracle images` does |
 //! | [`folder`] | the watched folder of archives |
 
 pub mod archive;
 mod builtin;
+pub mod command;
 pub mod config;
 pub mod folder;
 pub mod reference;

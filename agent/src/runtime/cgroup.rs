@@ -262,9 +262,13 @@ impl Hierarchy {
         })
     }
 
-    /// Gives a container its devices (version 1; version 2 has programs for that, see [`super::devices`]).
+    /// Gives a container its devices: lines for `devices.allow`, or all of them.
     pub fn allow_devices(&self, path: &str, rules: &[String], all: bool) -> io::Result<()> {
-        let Hierarchy::V1(controllers) = self else { return Ok(()) };
+        let controllers = match self {
+            Hierarchy::V1(controllers) => controllers,
+            Hierarchy::V2(_) if all => return Ok(()),
+            Hierarchy::V2(root) => return super::devices::attach(&root.join(path), rules),
+        };
         let Some(folder) = controllers.get("devices").map(|mount| mount.join(path)) else { return Ok(()) };
         if all {
             return fs::write(folder.join("devices.allow"), "a");

@@ -128,7 +128,17 @@ impl Embedded {
                 events,
             }),
         };
+        if !runtime.inner.host_capabilities.contains("SYS_RESOURCE") {
+            tracing::info!(
+                "this machine forbids lowering oom_score_adj: containers keep the agent's value where they ask for less"
+            );
+        }
         runtime.adopt().await?;
+        // Now that it is known which layers containers use, the others can go.
+        let images = Arc::clone(&runtime.inner.images);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || images.sweep()).await {
+            tracing::warn!(%error, "unused image layers stay");
+        }
         Ok(runtime)
     }
 

@@ -9,6 +9,7 @@
 //! | [`cri`] | the types: sandbox and container configurations, statuses, statistics, events |
 //! | [`embedded`] | the runtime inside the agent: its table of sandboxes and containers, the calls of the trait |
 //! | `sandbox`, `container`, `stream`, `stats` | what those calls do |
+//! | [`devices`] | which devices a cgroup of version 2 may open |
 //! | [`purge()`] | the end of an instance: nothing of it stays |
 //! | [`record`] | the files that the next agent finds everything by |
 //! | [`shim`] | starting and asking a pod's shim |
@@ -23,6 +24,7 @@ mod container;
 pub mod cri;
 pub mod embedded;
 pub mod helper;
+pub mod devices;
 mod purge;
 pub mod record;
 mod sandbox;

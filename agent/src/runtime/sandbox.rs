@@ -324,11 +324,16 @@ impl Embedded {
             return;
         }
         match report {
-            Some(report) => {
-                if let Some(exit) = report.exit {
-                    self.ended(&id, exit).await;
+            Some(report) => match (report.exit, report.started_at) {
+                (Some(exit), _) => self.ended(&id, exit).await,
+                (None, Some(_)) => {}
+                // The agent died between creating it and starting it: nobody would start it now.
+                (None, None) => {
+                    let cgroup = self.record(&id).map(|record| record.cgroup).unwrap_or_default();
+                    self.kill_cgroup(cgroup).await;
+                    self.finish(&id, end_of_orphan());
                 }
-            }
+            },
             None if alive => {}
             None => match record::load(&file) {
                 Ok(exit) => self.finish(&id, super::embedded::end_of(exit, false)),
