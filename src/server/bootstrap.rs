@@ -12,6 +12,15 @@ use super::Settings;
 /// The namespaces that upstream's API server makes.
 pub const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-node-lease"];
 
+/// Makes the system namespaces; everything else needs them.
+pub async fn namespaces(client: &kube::Client) -> anyhow::Result<()> {
+    for name in NAMESPACES {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        create(client, "/api/v1/namespaces", object).await?;
+    }
+    Ok(())
+}
+
 /// Makes what is missing and points the Service at this server. Repeatable.
 pub async fn ensure(
     client: &kube::Client,
@@ -19,10 +28,6 @@ pub async fn ensure(
     advertise: IpAddr,
     service_ip: IpAddr,
 ) -> anyhow::Result<()> {
-    for name in NAMESPACES {
-        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
-        create(client, "/api/v1/namespaces", object).await?;
-    }
     for (name, value, what) in [
         (
             "system-node-critical",

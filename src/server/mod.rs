@@ -180,6 +180,7 @@ impl Server {
         let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
 
         let own = crate::apiserver::client(&api, Identity::apiserver());
+        bootstrap::namespaces(&own).await?;
         rbac::bootstrap::reconcile(&own).await.context("write the bootstrap policy")?;
         bootstrap::ensure(&own, &settings, advertise, service_ip).await?;
         write_kubeconfigs(&settings, &security, listen)?;
