@@ -180,8 +180,8 @@ impl Server {
         let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
 
         let own = crate::apiserver::client(&api, Identity::apiserver());
-        rbac::bootstrap::reconcile(&own).await.context("write the bootstrap policy")?;
         bootstrap::ensure(&own, &settings, advertise, service_ip).await?;
+        rbac::bootstrap::reconcile(&own).await.context("write the bootstrap policy")?;
         write_kubeconfigs(&settings, &security, listen)?;
 
         tasks.push((
