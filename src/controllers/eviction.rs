@@ -26,7 +26,8 @@ use crate::scheduler::filter::tolerates_one;
 pub fn start(term: &Term) {
     let queue = Arc::new(Queue::default());
     let (pods, nodes) = (term.informers.of(&PODS), term.informers.of(&NODES));
-    let api = term.api("taint-eviction-controller");
+    // Upstream's policy has no role of its own for this loop.
+    let api = term.api("node-controller");
     let subscriptions = vec![enqueue_placed(&queue, &pods), enqueue_on_taints(&queue, &pods, &nodes)];
     let reconcile = Arc::new(TaintEviction {
         events: term.recorder.events(&api, "taint-eviction-controller"),

@@ -16,6 +16,14 @@
 //! | [`event`] | events for people |
 //! | [`owner`], [`replica`], [`template`] | adopting and releasing, choosing pods to delete, pods from templates |
 //! | [`quantity`] | quantities as numbers |
+//! | [`discovery`] | what the API serves, custom resources included |
+//! | `deployment` + `rollout`, `replicaset` | Deployments, ReplicaSets and ReplicationControllers |
+//! | `statefulset`, `daemonset`, `history` | StatefulSets, DaemonSets and their revisions |
+//! | `job` + `completion`, `cronjob` + `schedule`, `ttl` | Jobs, CronJobs, what remains of them |
+//! | `backend`, `endpointslice`, `endpoint`, `mirroring` | what is behind Services |
+//! | `serviceaccount`, `namespace`, `quota`, `clusterrole` | what belongs to namespaces and policy |
+//! | `garbage`, `podgc` | owners and dependents, pods nobody finishes |
+//! | `node`, `nodecidr`, `eviction`, `disruption` | nodes and what has to leave them |
 //!
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
@@ -27,6 +35,7 @@
 pub mod api;
 pub mod backoff;
 pub mod cache;
+pub mod discovery;
 pub mod event;
 pub mod informer;
 pub mod object;
@@ -40,23 +49,30 @@ pub mod selector;
 pub mod template;
 
 mod backend;
+mod clusterrole;
 mod completion;
+mod cronjob;
+mod daemonset;
 mod deployment;
-pub mod discovery;
+mod disruption;
 mod endpoint;
 mod endpointslice;
 mod eviction;
 mod garbage;
 mod history;
 mod job;
+mod mirroring;
 mod namespace;
 mod node;
 mod nodecidr;
 mod podgc;
+mod quota;
 mod replicaset;
 mod rollout;
+mod schedule;
 mod serviceaccount;
 mod statefulset;
+mod ttl;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -173,9 +189,11 @@ fn begin_term(context: &Context) -> Term {
     replicaset::start(&term);
     endpointslice::start(&term);
     endpoint::start(&term);
+    mirroring::start(&term);
     serviceaccount::start(&term);
     let discovery = Discovery::new(term.api_as(INFORMER_USER));
     namespace::start(&term, &discovery);
+    quota::start(&term, &discovery);
     garbage::start(&term, &discovery);
     crate::scheduler::start(&term);
     node::start(&term);
@@ -184,6 +202,11 @@ fn begin_term(context: &Context) -> Term {
     podgc::start(&term);
     job::start(&term);
     statefulset::start(&term);
+    daemonset::start(&term);
+    cronjob::start(&term);
+    disruption::start(&term);
+    ttl::start(&term);
+    clusterrole::start(&term);
     term
 }
 

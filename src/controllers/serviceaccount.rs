@@ -6,7 +6,7 @@ use futures::future::{BoxFuture, FutureExt};
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde_json::json;
 
-use super::Term;
+use super::{INFORMER_USER, Term};
 use super::api::{Api, ApiError};
 use super::informer::{Informer, Subscription};
 use super::object::{Key, Object};
@@ -39,6 +39,7 @@ pub fn start(term: &Term) {
     let subscriptions = vec![enqueue_self(&queue, &namespaces), enqueue_namespace(&queue, &maps, ROOT_CA)];
     let reconcile = Arc::new(RootCa {
         api: term.api("root-ca-cert-publisher"),
+        reader: term.api_as(INFORMER_USER),
         namespaces: namespaces.clone(),
         pem: term.context.root_ca_pem.clone(),
     });
@@ -92,6 +93,8 @@ impl Reconcile for DefaultAccount {
 
 struct RootCa {
     api: Api,
+    /// The publisher itself may only write.
+    reader: Api,
     namespaces: Arc<Informer>,
     pem: Arc<str>,
 }
@@ -108,7 +111,7 @@ impl RootCa {
             return Ok(Next::Done);
         }
         let map = Key::new(key.name(), ROOT_CA);
-        match self.api.get::<ConfigMap>(&CONFIG_MAPS, &map).await {
+        match self.reader.get::<ConfigMap>(&CONFIG_MAPS, &map).await {
             Ok(present) => self.correct(&map, present).await?,
             Err(error) if error.is_not_found() => {
                 let new = json!({"apiVersion": "v1", "kind": "ConfigMap",

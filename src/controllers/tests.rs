@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Context, spawn_all};
 use crate::apiserver::{ApiServer, Parts, backend::memory, client};
 use crate::auth::Identity;
+use crate::strategy::service::allocation::ServiceNetwork;
 
 struct Cluster {
     client: kube::Client,
@@ -31,11 +32,13 @@ impl Cluster {
         let _another_test_did = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         let shutdown = CancellationToken::new();
         let backend = memory::backend();
+        let authorizer = crate::auth::Authorizer::new(backend.store().clone());
         let server = ApiServer::new(Parts {
-            authorizer: crate::auth::Authorizer::new(backend.store().clone()),
+            admission: crate::admission::Admission::new(backend.clone(), authorizer.clone()),
+            authorizer,
             backend,
-            admission: Default::default(),
             address: "10.0.0.1:6443".to_owned(),
+            services: ServiceNetwork { range: "10.43.0.0/16".parse().unwrap(), node_ports: 30000..=32767 },
             shutdown: shutdown.clone(),
         });
         let own = client(&server, Identity::apiserver());

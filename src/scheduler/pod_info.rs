@@ -404,17 +404,37 @@ fn of_container(container: &Container) -> Resources {
     Resources::from_quantities(container.resources.as_ref().and_then(|resources| resources.requests.as_ref()))
 }
 
-/// What a pod requests: the larger of its containers together and of what each step of its init needs.
-/// Sidecars (init containers that restart always) count with the containers and with every later step.
-fn requests(spec: &PodSpec) -> Resources {
+fn limits_of_container(container: &Container) -> Resources {
+    Resources::from_quantities(container.resources.as_ref().and_then(|resources| resources.limits.as_ref()))
+}
+
+/// What a pod requests.
+pub fn requests(spec: &PodSpec) -> Resources {
+    let pod_level = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref());
+    total(spec, of_container, pod_level)
+}
+
+/// What a pod is limited to; containers without a limit count nothing.
+pub fn limits(spec: &PodSpec) -> Resources {
+    let pod_level = spec.resources.as_ref().and_then(|resources| resources.limits.as_ref());
+    total(spec, limits_of_container, pod_level)
+}
+
+/// The larger of a pod's containers together and of what each step of its init needs. Sidecars (init containers that
+/// restart always) count with the containers and with every later step. What the pod says of itself goes before.
+fn total(
+    spec: &PodSpec,
+    of: fn(&Container) -> Resources,
+    pod_level: Option<&BTreeMap<String, Quantity>>,
+) -> Resources {
     let mut total = Resources::default();
     for container in &spec.containers {
-        total.add(&of_container(container));
+        total.add(&of(container));
     }
     let mut sidecars = Resources::default();
     let mut peak = Resources::default();
     for container in spec.init_containers.iter().flatten() {
-        let own = of_container(container);
+        let own = of(container);
         if container.restart_policy.as_deref() == Some("Always") {
             sidecars.add(&own);
             peak.max(&sidecars);
@@ -426,7 +446,7 @@ fn requests(spec: &PodSpec) -> Resources {
     }
     total.add(&sidecars);
     total.max(&peak);
-    if let Some(pod_level) = spec.resources.as_ref().and_then(|resources| resources.requests.as_ref()) {
+    if let Some(pod_level) = pod_level {
         let stated = Resources::from_quantities(Some(pod_level));
         if pod_level.contains_key("cpu") {
             total.milli_cpu = stated.milli_cpu;
