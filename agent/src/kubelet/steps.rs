@@ -19,9 +19,9 @@ use super::files;
 use super::observed::{Observed, WaitReason};
 use super::plan::Step;
 use super::stop::{self, StopRequest};
-use super::{hooks, service_env};
+use super::{hooks, qos, service_env};
 use crate::image::{Image, ImageError, PullPolicy};
-use crate::runtime::RuntimeError;
+use crate::runtime::{LinuxContainerResources, RuntimeError};
 use crate::volume::{PodVolumes, subpath};
 
 /// What a worker lends to its steps and gets back.
@@ -92,6 +92,7 @@ impl Run {
                         () = self.cancel.cancelled() => return Ended::Cancelled,
                     }
                 }
+                Step::Resize { containers } => self.resize(&containers).await,
                 Step::Start { kind, .. } if blocked && kind != ContainerKind::Regular => continue,
                 Step::Start { name, kind } => match self.start(&name, kind, tools).await {
                     Ok(()) => Ok(()),
@@ -217,6 +218,34 @@ impl Run {
         self.context.recorder.container(&self.pod, name, EventType::Normal, "Started", "Container started");
         let _ = self.progress.send(Progress::Container(name.to_owned(), None));
         self.post_start(container, &id, &sandbox.1).await
+    }
+
+    /// The pod's own limits give way first and follow last, so that no order of changes is refused.
+    async fn resize(&self, ids: &[(String, String)]) -> Result<(), NodeFailure> {
+        let runtime = self.context.runtime.as_ref();
+        let Some(sandbox) = self.observed.ready_sandbox() else { return Ok(()) };
+        let wanted = qos::pod_resources(&self.pod);
+        let open = LinuxContainerResources {
+            cpu_quota: Some(-1),
+            memory_limit_in_bytes: Some(-1),
+            ..LinuxContainerResources::default()
+        };
+        let result = async {
+            runtime.update_pod_sandbox_resources(&sandbox.id, &open).await?;
+            for (id, name) in ids {
+                let Some(found) = containers::find(&self.pod, name) else { continue };
+                let mut resources = qos::container_resources(&self.pod, &found.container, self.context.memory);
+                resources.oom_score_adj = None;
+                resources.memory_swap_limit_in_bytes = resources.memory_limit_in_bytes;
+                runtime.update_container_resources(id, &resources).await?;
+            }
+            runtime.update_pod_sandbox_resources(&sandbox.id, &wanted).await
+        };
+        result.await.map_err(|error: RuntimeError| {
+            let message = format!("resize of pod failed: {error}");
+            self.context.recorder.pod(&self.pod, EventType::Warning, "ResizeError", message);
+            NodeFailure
+        })
     }
 
     async fn current_sandbox(&self) -> Result<(String, Vec<IpAddr>), StartError> {

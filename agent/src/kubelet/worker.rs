@@ -28,7 +28,7 @@ use super::probe::{Probes, Verdict};
 use super::status;
 use super::steps::{Ended, Progress, Run, Tools};
 use super::stop::{self, StopRequest};
-use super::{files, report};
+use super::{admission, files, mirror, report};
 use crate::runtime::{ContainerFilter, ContainerState, PodSandboxFilter, RuntimeError};
 use crate::volume::pod_volumes;
 
@@ -166,6 +166,12 @@ impl Worker {
     /// Runs until nothing of the pod is left, or until the agent stops (the pod then goes on without it).
     pub async fn run(mut self) {
         self.accept_pod();
+        if self.stage == Stage::Running
+            && let Some((reason, message)) = admission::refuse(&self.pod)
+        {
+            self.context.recorder.record_named(&self.pod, reason.clone(), message.clone());
+            self.failed = Some((reason, message));
+        }
         let shutdown = self.shutdown.clone();
         loop {
             self.observe().await;
@@ -423,7 +429,7 @@ impl Worker {
         self.save_copy();
         let published = Published { pod: self.pod.clone(), status: Arc::new(self.status.clone()) };
         self.board.write().insert(containers::uid(&self.pod).to_owned(), published);
-        let may_write = self.report.is_none() && !self.removed && !self.deleted && !containers::is_static(&self.pod);
+        let may_write = self.report.is_none() && !self.removed && !self.deleted;
         if !may_write || self.report_at.is_some_and(|at| at > Instant::now()) {
             return;
         }
@@ -434,6 +440,12 @@ impl Worker {
         let (api, pod) = (self.context.api.clone(), self.pod.clone());
         let (old, new) = (self.reported.clone(), self.status.clone());
         self.in_report = new.clone();
+        if containers::is_static(&pod) {
+            let node = self.context.config.node_name.clone();
+            let show = async move { mirror::show(&api, &node, &pod, &new).await.map(|()| None) };
+            self.report = Some(Box::pin(show));
+            return;
+        }
         self.report = Some(Box::pin(async move { report::write(&api, &pod, &old, &new).await }));
     }
 
@@ -564,7 +576,7 @@ impl Worker {
                     self.reported = pod.status.unwrap_or_default();
                 }
             }
-            Err(error) if error.is_not_found() || error.is_conflict() => {
+            Err(error) if (error.is_not_found() || error.is_conflict()) && !containers::is_static(&self.pod) => {
                 // Gone, or another pod of this name: the watch will say so, too.
                 self.deleted |= error.is_not_found();
                 self.removed |= error.is_not_found();
@@ -611,6 +623,11 @@ impl Worker {
             }
         });
         let _ = removed.await;
+        if containers::is_static(&self.pod)
+            && let Err(error) = mirror::remove(&self.context.api, &self.pod).await
+        {
+            tracing::debug!(%error, pod = containers::describe(&self.pod), "mirror pod not removed");
+        }
         self.board.write().remove(uid);
     }
 }
