@@ -2,6 +2,7 @@
 //!
 //! The rules are upstream's `computePodActions`; the worker carries the steps out in order and plans again.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -83,6 +84,8 @@ pub struct Input<'a> {
     pub probes: &'a ProbeResults,
     /// Restart delays by container name.
     pub backoffs: &'a Backoffs,
+    /// Containers that could not be started just now and are not to be tried yet.
+    pub held: &'a BTreeSet<String>,
     /// The clock.
     pub now: SystemTime,
 }
@@ -356,6 +359,10 @@ impl Draft<'_> {
         }
         let mut blocked = false;
         for (container, kind) in self.starts {
+            if self.input.held.contains(&container.name) {
+                blocked |= kind == ContainerKind::Init;
+                continue;
+            }
             let dead = self.input.observed.of(&container.name).find(|status| status.state == ContainerState::Exited);
             let since = dead.and_then(|status| status.finished_at.or(Some(status.created_at)));
             let waiting = since.and_then(|since| self.input.backoffs.waiting(&container.name, since, self.input.now));

@@ -54,6 +54,7 @@ struct World {
     observed: Observed,
     probes: ProbeResults,
     backoffs: Backoffs,
+    held: BTreeSet<String>,
     now: SystemTime,
 }
 
@@ -64,6 +65,7 @@ impl World {
             observed: Observed::new(vec![sandbox(0, true)], containers),
             probes: ProbeResults::default(),
             backoffs: Backoffs::default(),
+            held: BTreeSet::new(),
             now: at(100),
         }
     }
@@ -74,6 +76,7 @@ impl World {
             observed: &self.observed,
             probes: &self.probes,
             backoffs: &self.backoffs,
+            held: &self.held,
             now: self.now,
         })
     }
@@ -214,4 +217,11 @@ fn changed_limits_are_applied_in_place_unless_the_policy_asks_for_a_restart() {
     let message = "Container c resize requires restart, will be restarted".to_owned();
     let kill = Step::Kill { id: "c-0".into(), name: "c".into(), message, cause: KillCause::Other };
     assert_eq!(steps("RestartContainer"), [kill, start("c", ContainerKind::Regular)]);
+}
+
+#[test]
+fn a_container_that_cannot_start_holds_up_only_itself() {
+    let mut world = World::new(json!({"containers": [{"name": "a"}, {"name": "b"}]}), vec![]);
+    world.held.insert("a".into());
+    assert_eq!(world.plan().steps, [start("b", ContainerKind::Regular)]);
 }

@@ -38,17 +38,17 @@ pub struct Tools {
 /// What steps tell while they run.
 #[derive(Debug)]
 pub enum Progress {
-    /// A container could not be started, or could.
-    Container(String, Option<WaitReason>),
+    /// A container has started.
+    Started(String),
+    /// A container could not be started and is to be tried again after the delay.
+    Failed(String, WaitReason, Duration),
 }
 
 /// How a run of steps ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// All done: plan again at once.
+    /// All done or told: plan again at once.
     Complete,
-    /// A container could not be started: try again then.
-    RetryIn(Duration),
     /// The node failed (a volume, the sandbox): try again after a growing delay.
     Failed,
     /// The pod stops.
@@ -75,7 +75,6 @@ pub struct Run {
 impl Run {
     /// Carries out `steps`.
     pub async fn steps(&self, steps: Vec<Step>, tools: &mut Tools) -> Ended {
-        let mut retry: Option<Duration> = None;
         let mut blocked = false;
         for step in steps {
             if self.cancel.is_cancelled() {
@@ -99,8 +98,7 @@ impl Run {
                     Err(StartError::Cancelled) => return Ended::Cancelled,
                     Err(StartError::Node) => Err(NodeFailure),
                     Err(StartError::Failed(failure)) => {
-                        let _ = self.progress.send(Progress::Container(name, Some(failure.waiting)));
-                        retry = Some(retry.map_or(failure.retry, |retry| retry.min(failure.retry)));
+                        let _ = self.progress.send(Progress::Failed(name, failure.waiting, failure.retry));
                         blocked |= kind == ContainerKind::Init;
                         continue;
                     }
@@ -110,7 +108,7 @@ impl Run {
                 return if self.cancel.is_cancelled() { Ended::Cancelled } else { Ended::Failed };
             }
         }
-        retry.map_or(Ended::Complete, Ended::RetryIn)
+        Ended::Complete
     }
 
     async fn stop_pod(&self) -> Result<(), NodeFailure> {
@@ -216,7 +214,7 @@ impl Run {
             return Err(Failure::new("RunContainerError", message).into());
         }
         self.context.recorder.container(&self.pod, name, EventType::Normal, "Started", "Container started");
-        let _ = self.progress.send(Progress::Container(name.to_owned(), None));
+        let _ = self.progress.send(Progress::Started(name.to_owned()));
         self.post_start(container, &id, &sandbox.1).await
     }
 

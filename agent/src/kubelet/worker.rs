@@ -6,7 +6,7 @@
 //! | `Stopping` | containers are ended with their grace | nothing runs and the sandbox has stopped |
 //! | `Stopped` | volumes are gone, the last status is written | the pod is gone from the API; then nothing is left |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -51,7 +51,7 @@ pub struct Published {
 }
 
 /// Where a worker publishes.
-pub type Board = Arc<RwLock<std::collections::BTreeMap<String, Published>>>;
+pub type Board = Arc<RwLock<BTreeMap<String, Published>>>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -105,7 +105,12 @@ pub struct Worker {
     copied: Option<Option<String>>,
     retry: Jitter,
     report_retry: Jitter,
+    /// The node failed: nothing is done before.
     act_at: Option<Instant>,
+    /// A restart delay ends.
+    plan_at: Option<Instant>,
+    /// When containers that could not be started are tried again.
+    not_before: BTreeMap<String, Instant>,
     report_at: Option<Instant>,
 }
 
@@ -157,6 +162,8 @@ impl Worker {
             retry: Jitter::new(Duration::from_millis(500), Duration::from_secs(120)),
             report_retry: Jitter::new(Duration::from_millis(200), Duration::from_secs(30)),
             act_at: None,
+            plan_at: None,
+            not_before: BTreeMap::new(),
             report_at: None,
             pod: wanted.pod,
             context,
@@ -269,11 +276,15 @@ impl Worker {
 
     fn plan(&mut self) {
         let now = SystemTime::now();
+        let instant = Instant::now();
+        self.not_before.retain(|_, at| *at > instant);
+        let held: BTreeSet<String> = self.not_before.keys().cloned().collect();
         let input = plan::Input {
             pod: &self.pod,
             observed: &self.observed,
             probes: &self.probes.results,
             backoffs: &self.backoffs,
+            held: &held,
             now,
         };
         let plan = plan::plan(&input);
@@ -283,9 +294,7 @@ impl Worker {
             self.context.recorder.container(&self.pod, name, EventType::Warning, "BackOff", message);
         }
         self.held_back = plan.waiting;
-        if let Some(wake) = plan.wake {
-            self.act_at = Some(Instant::now() + wake);
-        }
+        self.plan_at = plan.wake.map(|wake| instant + wake);
         if plan.steps.is_empty() {
             self.refresh_volumes();
             return;
@@ -507,7 +516,9 @@ impl Worker {
         });
         let act = self.act_at.filter(|_| self.action.is_none());
         let report = self.report_at.filter(|_| self.report.is_none());
-        [renew, deadline, act, report].into_iter().flatten().min()
+        let idle = self.action.is_none() && self.stage == Stage::Running;
+        let plan = self.not_before.values().copied().chain(self.plan_at).min().filter(|_| idle);
+        [renew, deadline, act, report, plan].into_iter().flatten().min()
     }
 
     fn take_mail(&mut self) {
@@ -527,16 +538,22 @@ impl Worker {
         if changed {
             self.stale_volumes = true;
             self.act_at = None;
+            self.not_before.clear();
             self.accept_pod();
         }
     }
 
     fn note(&mut self, progress: Progress) {
-        let Progress::Container(name, reason) = progress;
-        match reason {
-            Some(reason) => self.waiting.insert(name, reason),
-            None => self.waiting.remove(&name),
-        };
+        match progress {
+            Progress::Started(name) => {
+                self.waiting.remove(&name);
+                self.not_before.remove(&name);
+            }
+            Progress::Failed(name, reason, delay) => {
+                self.not_before.insert(name.clone(), Instant::now() + delay);
+                self.waiting.insert(name, reason);
+            }
+        }
     }
 
     fn note_done(&mut self, done: Done) {
@@ -546,7 +563,6 @@ impl Worker {
                 self.tools = Some(tools);
                 match ended {
                     Ended::Complete => self.retry.reset(),
-                    Ended::RetryIn(delay) => self.act_at = Some(Instant::now() + delay),
                     Ended::Failed => self.act_at = Some(Instant::now() + self.retry.next()),
                     Ended::Cancelled => {}
                 }
