@@ -108,7 +108,8 @@ fn encode_token(prefix: &[u8], after: &[u8], revision: i64) -> String {
 
 /// The key to start from and the revision; the revision is none for a token that gave up consistency.
 fn decode_token(prefix: &[u8], token: &str) -> Result<(Bytes, Option<u64>), Status> {
-    let invalid = |why: String| Status::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
+    let invalid =
+        |why: String| Status::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
     let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|e| invalid(e.to_string()))?;
     let token: Token = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
     if token.v != "meta.k8s.io/v1" {
