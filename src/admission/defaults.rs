@@ -113,7 +113,9 @@ pub fn runtime_class(world: &World, request: &mut Request<'_>) -> Result<(), Sta
     }
     let Some(name) = request.object["spec"]["runtimeClassName"].as_str().filter(|n| !n.is_empty()) else {
         if request.object["spec"]["overhead"].as_object().is_some_and(|overhead| !overhead.is_empty()) {
-            return Err(request.forbidden("pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead"));
+            return Err(
+                request.forbidden("pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead")
+            );
         }
         return Ok(());
     };
@@ -124,9 +126,7 @@ pub fn runtime_class(world: &World, request: &mut Request<'_>) -> Result<(), Sta
     let given = &request.object["spec"]["overhead"];
     let empty = |value: &Value| value.as_object().is_none_or(serde_json::Map::is_empty);
     if !empty(given) && given != overhead {
-        return Err(request.forbidden(
-            "pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead",
-        ));
+        return Err(request.forbidden("pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead"));
     }
     if !empty(overhead) {
         request.object["spec"]["overhead"] = overhead.clone();

@@ -169,8 +169,11 @@ impl Bound<'_> {
         let head = format!("{name} max limit to request ratio per {} is {enforced}", self.kind);
         let amount = |list: &ResourceList| {
             let amount = list.get(name).copied()?;
-            let value =
-                if amount.value() <= MAX_MILLI_VALUE { amount.milli_value() as f64 } else { amount.value() as f64 * 1e3 };
+            let value = if amount.value() <= MAX_MILLI_VALUE {
+                amount.milli_value() as f64
+            } else {
+                amount.value() as f64 * 1e3
+            };
             (value != 0.0).then_some(value)
         };
         let Some(request) = amount(self.requests) else {
@@ -212,9 +215,15 @@ mod tests {
         let spec = json!({ "containers": [{ "name": "a",
             "resources": { "requests": { "cpu": "50m" }, "limits": { "cpu": "2" } } }] });
         for (limit, problem) in [
-            (json!({ "type": "Container", "min": { "cpu": "100m" } }), "minimum cpu usage per Container is 100m, but request is 50m"),
+            (
+                json!({ "type": "Container", "min": { "cpu": "100m" } }),
+                "minimum cpu usage per Container is 100m, but request is 50m",
+            ),
             (json!({ "type": "Pod", "max": { "cpu": "1" } }), "maximum cpu usage per Pod is 1, but limit is 2"),
-            (json!({ "type": "Container", "max": { "memory": "1Gi" } }), "maximum memory usage per Container is 1Gi.  No limit is specified"),
+            (
+                json!({ "type": "Container", "max": { "memory": "1Gi" } }),
+                "maximum memory usage per Container is 1Gi.  No limit is specified",
+            ),
             (
                 json!({ "type": "Container", "maxLimitRequestRatio": { "cpu": "10" } }),
                 "cpu max limit to request ratio per Container is 10, but provided ratio is 40.000000",
@@ -222,9 +231,15 @@ mod tests {
         ] {
             assert_eq!(pod_problems(&spec, &range(limit)), [problem]);
         }
-        assert!(pod_problems(&spec, &range(json!({ "type": "Container", "max": { "cpu": "2" }, "min": { "cpu": "50m" } }))).is_empty());
+        assert!(
+            pod_problems(&spec, &range(json!({ "type": "Container", "max": { "cpu": "2" }, "min": { "cpu": "50m" } })))
+                .is_empty()
+        );
         let claim = json!({ "resources": { "requests": { "storage": "2Gi" } } });
         let limit = range(json!({ "type": "PersistentVolumeClaim", "max": { "storage": "1Gi" } }));
-        assert_eq!(claim_problems(&claim, &limit), ["maximum storage usage per PersistentVolumeClaim is 1Gi, but request is 2Gi"]);
+        assert_eq!(
+            claim_problems(&claim, &limit),
+            ["maximum storage usage per PersistentVolumeClaim is 1Gi, but request is 2Gi"]
+        );
     }
 }

@@ -9,7 +9,8 @@ const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
 pub fn check(world: &World, request: &Request<'_>) -> Result<(), Status> {
     let about_namespace = request.group.is_empty() && request.resource == "namespaces";
     if about_namespace {
-        if request.operation == Operation::Delete && request.subresource.is_empty() && IMMORTAL.contains(&request.name) {
+        if request.operation == Operation::Delete && request.subresource.is_empty() && IMMORTAL.contains(&request.name)
+        {
             return Err(Status::forbidden("", "namespaces", request.name, "this namespace may not be deleted"));
         }
         return Ok(());

@@ -239,10 +239,7 @@ impl Check<'_> {
             format_args!("node \"{node}\" is not allowed to modify ownerReferences"),
         )?;
         let forbidden = forbidden_labels(&labels(request.object), &labels(old));
-        self.require(
-            forbidden.is_empty(),
-            format_args!("is not allowed to modify labels: {}", forbidden.join(", ")),
-        )
+        self.require(forbidden.is_empty(), format_args!("is not allowed to modify labels: {}", forbidden.join(", ")))
     }
 
     fn token(&self) -> Checked {
@@ -267,8 +264,7 @@ impl Check<'_> {
 
     /// A node gets tokens only for audiences that a volume of the pod asks for, or that it was granted.
     fn audience(&self, pod: &Value) -> Checked {
-        let audiences: Vec<&str> =
-            items(&self.request.object["spec"]["audiences"]).filter_map(Value::as_str).collect();
+        let audiences: Vec<&str> = items(&self.request.object["spec"]["audiences"]).filter_map(Value::as_str).collect();
         let audience = match audiences.as_slice() {
             [] => "",
             [one] => *one,
@@ -362,10 +358,7 @@ impl Check<'_> {
         let subject = crate::auth::certificates::request_common_name(self.request.object);
         let node = format!("system:node:{}", self.node);
         match subject {
-            Ok(name) => self.require(
-                name == node,
-                format_args!("can only create a node CSR with CN={node}"),
-            ),
+            Ok(name) => self.require(name == node, format_args!("can only create a node CSR with CN={node}")),
             Err(why) => self.refuse(format_args!("unable to parse csr: {why}")),
         }
     }
@@ -373,19 +366,15 @@ impl Check<'_> {
 
 /// Which labels changed that a kubelet may not change, sorted.
 fn forbidden_labels(new: &Map<String, Value>, old: &Map<String, Value>) -> Vec<String> {
-    let changed: BTreeSet<&String> = new
-        .keys()
-        .chain(old.keys())
-        .filter(|key| new.get(*key) != old.get(*key))
-        .collect();
+    let changed: BTreeSet<&String> =
+        new.keys().chain(old.keys()).filter(|key| new.get(*key) != old.get(*key)).collect();
     changed.into_iter().filter(|label| is_forbidden(label)).cloned().collect()
 }
 
 fn is_forbidden(label: &str) -> bool {
     let namespace = label.split_once('/').map_or("", |(namespace, _)| namespace);
-    let within = |domain: &str| {
-        namespace == domain || namespace.strip_suffix(domain).is_some_and(|head| head.ends_with('.'))
-    };
+    let within =
+        |domain: &str| namespace == domain || namespace.strip_suffix(domain).is_some_and(|head| head.ends_with('.'));
     if within(RESTRICTED) {
         return true;
     }
@@ -466,7 +455,10 @@ mod tests {
             (json!({ "serviceAccountName": "x" }), "serviceaccounts"),
             (json!({ "imagePullSecrets": [{ "name": "x" }] }), "secrets"),
             (json!({ "containers": [{ "envFrom": [{ "configMapRef": {} }] }] }), "configmaps"),
-            (json!({ "volumes": [{ "projected": { "sources": [{ "serviceAccountToken": {} }] } }] }), "serviceaccounts"),
+            (
+                json!({ "volumes": [{ "projected": { "sources": [{ "serviceAccountToken": {} }] } }] }),
+                "serviceaccounts",
+            ),
             (json!({ "volumes": [{ "persistentVolumeClaim": {} }] }), "persistentvolumeclaims"),
         ] {
             assert_eq!(referenced_kind(&spec), Some(kind), "{spec}");

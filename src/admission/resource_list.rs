@@ -86,7 +86,8 @@ mod tests {
         let cpu = |amount: &str| json!({ "resources": { "requests": { "cpu": amount } } });
         let mut sidecar = cpu("100m");
         sidecar["restartPolicy"] = "Always".into();
-        let spec = json!({ "containers": [cpu("200m"), cpu("300m")], "initContainers": [cpu("1"), sidecar, cpu("600m")] });
+        let spec =
+            json!({ "containers": [cpu("200m"), cpu("300m")], "initContainers": [cpu("1"), sidecar, cpu("600m")] });
         assert_eq!(of_pod(&spec, "requests")["cpu"].to_string(), "1");
         let light = json!({ "containers": [cpu("200m"), cpu("300m")], "initContainers": [spec["initContainers"][1]] });
         assert_eq!(of_pod(&light, "requests")["cpu"].to_string(), "600m");

@@ -153,7 +153,8 @@ fn unlisted_secret(account: &Value, spec: &Value, ephemeral: bool) -> Option<Str
         }
         let who = text(container, "name");
         for variable in items(&container["env"]) {
-            if let Some(name) = variable["valueFrom"]["secretKeyRef"]["name"].as_str().filter(|n| !listed("secrets", n)) {
+            if let Some(name) = variable["valueFrom"]["secretKeyRef"]["name"].as_str().filter(|n| !listed("secrets", n))
+            {
                 let variable = text(variable, "name");
                 return Some(format!(
                     "{what} {who} with envVar {variable} referencing secret.secretName=\"{name}\" {refused} secret"
@@ -162,7 +163,9 @@ fn unlisted_secret(account: &Value, spec: &Value, ephemeral: bool) -> Option<Str
         }
         for name in items(&container["envFrom"]).filter_map(|source| source["secretRef"]["name"].as_str()) {
             if !listed("secrets", name) {
-                return Some(format!("{what} {who} with envFrom referencing secret.secretName=\"{name}\" {refused} secret"));
+                return Some(format!(
+                    "{what} {who} with envFrom referencing secret.secretName=\"{name}\" {refused} secret"
+                ));
             }
         }
     }

@@ -4,6 +4,7 @@ use super::convert;
 use super::negotiate::{JSON, MEDIA_TYPES, PROTOBUF, YAML};
 use super::resources::Resource;
 use super::status::Status;
+use super::yaml;
 use crate::schema::decode::FieldValidation;
 use crate::schema::{self, TypeId, proto};
 use http::HeaderMap;
@@ -172,6 +173,11 @@ pub fn to_storage(resource: &Resource, version: &str, value: &mut Value) {
 pub fn from_storage(resource: &Resource, version: &str, value: &mut Value) {
     if version != resource.storage_version || resource.shares_storage() {
         convert::from_storage(resource, version, value);
+        // What one version requires, another leaves out.
+        let kind = Kind { group: &resource.group, version, kind: &resource.kind };
+        if let Ok(normal) = normalize(kind, value.clone()) {
+            *value = normal;
+        }
     }
 }
 
@@ -186,7 +192,7 @@ pub fn is_stored_form(resource: &Resource, version: &str) -> bool {
 /// 500 when the bytes are not JSON.
 pub fn to_yaml(json: &[u8]) -> Result<Vec<u8>, Status> {
     let value: Value = serde_json::from_slice(json).map_err(Status::internal)?;
-    serde_yaml::to_string(&value).map(String::into_bytes).map_err(Status::internal)
+    Ok(yaml::write(&value).into_bytes())
 }
 
 /// The body of a delete: `DeleteOptions` of any group version, or one without type.

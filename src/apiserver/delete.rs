@@ -229,8 +229,8 @@ pub async fn read_options(call: &Call<'_>, body: Body) -> Result<DeleteOptions, 
 pub async fn delete(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status> {
     let options = read_options(call, body).await?;
     let deleted = remove(call, &call.info.name, call.namespace(), &options).await?;
-    let foreground = options.propagation == Some(Propagation::Foreground) || options.orphan_dependents == Some(false);
-    let code = if !deleted.gone && foreground { StatusCode::ACCEPTED } else { StatusCode::OK };
+    let cascades = options.orphan_dependents == Some(false);
+    let code = if !deleted.gone && cascades { StatusCode::ACCEPTED } else { StatusCode::OK };
     if deleted.gone && !call.resource.returns_deleted {
         let uid = meta(&deleted.object, "uid");
         let shown = status::deleted(&call.resource.group, &call.resource.plural, &call.info.name, uid);
@@ -358,6 +358,10 @@ pub async fn delete_collection(call: &Call<'_>, body: Body) -> Result<Response<B
             Ok(deleted) => {
                 let mut object = deleted.object;
                 codec::from_storage(call.resource, call.info.version, &mut object);
+                if let Some(fields) = object.as_object_mut() {
+                    fields.remove("apiVersion");
+                    fields.remove("kind");
+                }
                 items.push(object);
             }
             Err(status) if status.reason() == "NotFound" => {}

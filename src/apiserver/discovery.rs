@@ -146,9 +146,12 @@ fn resource_list(group: &Group, version: &str) -> Option<Value> {
         }
     }
     let group_version = if group.name.is_empty() { version.to_owned() } else { format!("{}/{version}", group.name) };
-    Some(
-        json!({ "kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group_version, "resources": resources }),
-    )
+    let mut list = json!({ "kind": "APIResourceList", "groupVersion": group_version, "resources": resources });
+    // The core group's list is older than the field.
+    if !group.name.is_empty() {
+        list["apiVersion"] = json!("v1");
+    }
+    Some(list)
 }
 
 /// Upstream's hash: the first eight bytes of the sha256 of `group/version/kind` of the storage version.

@@ -77,6 +77,12 @@ pub fn validate(resource: &Resource, object: &Value) -> ErrorList {
     errors.extend(map("annotations").into_iter().flat_map(validate_annotations));
     validate_owners(object, &mut errors);
     validate_finalizers(object, &mut errors);
+    for (index, finalizer) in finalizers(object).into_iter().enumerate() {
+        if !finalizer.contains('/') && !matches!(finalizer, "kubernetes" | FINALIZER_ORPHAN | FINALIZER_FOREGROUND) {
+            let why = "name is neither a standard finalizer name nor is it fully qualified";
+            errors.push(FieldError::invalid(format!("metadata.finalizers[{index}]"), finalizer, why));
+        }
+    }
     errors
 }
 

@@ -19,7 +19,7 @@
 //! | [`subresource`] | what lies below an object's path |
 //! | [`reviews`] | kinds that are questions, and token requests |
 //! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
-//! | [`codec`], [`convert`] | bodies, defaults, versions |
+//! | [`codec`], [`convert`], [`yaml`] | bodies, defaults, versions, answers as YAML |
 //! | [`object`], [`scan`] | the stored form: splicing, encoding, looking in without parsing |
 //! | [`table`] | what `kubectl get` prints |
 //! | [`backend`] | store and log underneath |
@@ -60,6 +60,7 @@ pub mod table;
 pub mod tracking;
 pub mod watch;
 pub mod write;
+pub mod yaml;
 
 pub use reviews::Reviews;
 pub use service::{ApiServer, Parts, client};

@@ -7,6 +7,7 @@ use super::resources::Resource;
 use super::selector::LabelSelector;
 use super::status::Status;
 use crate::schema::decode::FieldValidation;
+use http::StatusCode;
 use serde_json::{Value, json};
 
 const META: &str = "meta.k8s.io";
@@ -121,10 +122,12 @@ impl ListOptions {
     /// The revision in `resourceVersion`; none when it is empty.
     ///
     /// # Errors
-    /// 422 when it is no number.
-    pub fn revision(&self, resource: &Resource) -> Result<Option<u64>, Status> {
-        parse_revision(&self.resource_version)
-            .map_err(|error| Status::invalid(&resource.group, &resource.plural, "", &vec![error]))
+    /// When it is no number: 400 for lists, 500 for watches, as upstream has it.
+    pub fn revision(&self) -> Result<Option<u64>, Status> {
+        parse_revision(&self.resource_version).map_err(|error| match self.watch {
+            true => Status::new(StatusCode::INTERNAL_SERVER_ERROR, "", error.to_string()),
+            false => Status::bad_request(format!("invalid resource version: {error}")),
+        })
     }
 
     /// Whether some objects may be left out.

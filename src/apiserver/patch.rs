@@ -15,13 +15,6 @@ use bytes::Bytes;
 use http::{HeaderMap, Response, header};
 use serde_json::{Value, json};
 
-const MEDIA_TYPES: [&str; 4] = [
-    "application/json-patch+json",
-    "application/merge-patch+json",
-    "application/strategic-merge-patch+json",
-    "application/apply-patch+yaml",
-];
-
 /// What a body does to an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -36,7 +29,7 @@ fn method(headers: &HeaderMap) -> Result<Method, Status> {
         "application/merge-patch+json" => Ok(Method::Patch(PatchKind::Merge)),
         "application/strategic-merge-patch+json" => Ok(Method::Patch(PatchKind::Strategic)),
         "application/apply-patch+yaml" => Ok(Method::Apply),
-        _ => Err(Status::unsupported_media_type(&MEDIA_TYPES)),
+        _ => Err(Status::unsupported_patch()),
     }
 }
 

@@ -36,7 +36,7 @@ const LIST_EXPIRED: &str = "The resourceVersion for the provided list is too old
 /// The verb get.
 pub async fn get(call: &Call<'_>) -> Result<Response<Body>, Status> {
     let version = parse_revision(call.query.get("resourceVersion").unwrap_or_default())
-        .map_err(|e| Status::invalid(&call.resource.group, &call.resource.plural, &call.info.name, &vec![e]))?;
+        .map_err(|e| Status::new(StatusCode::INTERNAL_SERVER_ERROR, "", e.to_string()))?;
     fresh(call, version).await?;
     let kv = call.server.backend().get(&call.key())?.ok_or_else(|| call.not_found())?;
     call.stored(StatusCode::OK, &kv.value, kv.mod_revision)
@@ -108,7 +108,8 @@ fn encode_token(prefix: &[u8], after: &[u8], revision: i64) -> String {
 
 /// The key to start from and the revision; the revision is none for a token that gave up consistency.
 fn decode_token(prefix: &[u8], token: &str) -> Result<(Bytes, Option<u64>), Status> {
-    let invalid = |why: String| Status::bad_request(format!("continue key is not valid: {why}"));
+    let invalid =
+        |why: String| Status::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
     let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|e| invalid(e.to_string()))?;
     let token: Token = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
     if token.v != "meta.k8s.io/v1" {
@@ -146,7 +147,7 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
     let mut start = prefix.clone();
     let revision;
     if options.continue_token.is_empty() {
-        let wanted = options.revision(resource)?;
+        let wanted = options.revision()?;
         fresh(call, wanted).await?;
         let exact = options.version_match == Some(VersionMatch::Exact)
             || (options.version_match.is_none() && options.limit > 0);

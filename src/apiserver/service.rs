@@ -8,7 +8,7 @@ use super::call::{Call, add_warnings, respond};
 use super::health::{self, Health};
 use super::limits::Limits;
 use super::query::{self, Query};
-use super::registry::Registry;
+use super::registry::{Registry, Snapshot};
 use super::request::RequestInfo;
 use super::resources::Resource;
 use super::reviews::{self, Reviews};
@@ -207,13 +207,13 @@ impl ApiServer {
         }
         let snapshot = self.inner.registry.snapshot();
         let Some(resource) = snapshot.find(info.group, info.version, info.resource) else {
-            return Ok(page_not_found());
+            return not_served(&snapshot, info.group);
         };
         let subresource = match info.subresource {
             "" => None,
             name => match resource.subresource(name) {
                 Some(subresource) => Some(subresource),
-                None => return Ok(page_not_found()),
+                None => return not_served(&snapshot, info.group),
             },
         };
         if !resource.is_namespaced() && !info.namespace.is_empty() && info.resource != "namespaces" {
@@ -275,6 +275,14 @@ impl ApiServer {
     }
 }
 
+/// What a path below a group answers when nobody serves it.
+fn not_served(snapshot: &Snapshot, group: &str) -> Result<Response<Body>, Status> {
+    match snapshot.find_group(group) {
+        Some(_) => Err(Status::no_such_resource()),
+        None => Ok(page_not_found()),
+    }
+}
+
 /// What a path that nobody serves answers, as Go's mux does.
 fn page_not_found() -> Response<Body> {
     respond(StatusCode::NOT_FOUND, "text/plain; charset=utf-8", "404 page not found\n".to_owned().into())
@@ -297,6 +305,9 @@ async fn dispatch(call: &Call<'_>, body: Body) -> Result<Response<Body>, Status>
     let spans_namespaces = call.resource.is_namespaced() && call.info.namespace.is_empty();
     if spans_namespaces && !matches!(verb, "list" | "watch" | "deletecollection") {
         return Err(if verb == "create" { Status::method_not_allowed() } else { Status::no_such_resource() });
+    }
+    if call.info.name.is_empty() && matches!(verb, "update" | "patch") {
+        return Err(Status::method_not_allowed());
     }
     if let Some(what) = call.resource.answers {
         return match verb {

@@ -22,6 +22,8 @@ struct Inner {
     reason: &'static str,
     message: String,
     details: Map<String, Value>,
+    /// Whether `details` are shown also when they are empty.
+    empty_details: bool,
     /// `metadata.continue`
     continue_token: String,
 }
@@ -39,6 +41,7 @@ impl Status {
             reason,
             message: message.into(),
             details: Map::new(),
+            empty_details: false,
             continue_token: String::new(),
         }))
     }
@@ -79,10 +82,8 @@ impl Status {
 
     /// 404 for a path or a verb nobody serves.
     pub fn no_such_resource() -> Status {
-        let mut status =
-            Status::new(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource");
-        status.0.details.clear();
-        status
+        Status::new(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource")
+            .with_empty_details()
     }
 
     /// 409 `pods "x" already exists`.
@@ -178,12 +179,13 @@ impl Status {
             "MethodNotAllowed",
             "the server does not allow this method on the requested resource",
         )
+        .with_empty_details()
     }
 
     /// 406 with the media types that can be served.
     pub fn not_acceptable(types: &[&str]) -> Status {
-        let message = format!("only the following media types are accepted: {}", types.join(", "));
-        Status::new(StatusCode::NOT_ACCEPTABLE, "NotAcceptable", message)
+        let message = format!("406: Not Acceptable\n\nAvailable representations: {}", types.join(", "));
+        Status::new(StatusCode::NOT_ACCEPTABLE, "NotAcceptable", message).with_empty_details()
     }
 
     /// 415 with the media types that can be read.
@@ -193,6 +195,12 @@ impl Status {
             types.join(", ")
         );
         Status::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message)
+    }
+
+    /// 415 of a patch whose content type is none of the known ones.
+    pub fn unsupported_patch() -> Status {
+        let message = "415: Unsupported Media Type";
+        Status::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message).with_empty_details()
     }
 
     /// 413 `Request entity too large: <why>`.
@@ -237,6 +245,12 @@ impl Status {
     pub fn internal(why: impl fmt::Display) -> Status {
         Status::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", format!("Internal error occurred: {why}"))
             .with_causes(vec![json!({ "message": why.to_string() })])
+    }
+
+    /// The same with `details` that say nothing, as upstream's generic answers have them.
+    fn with_empty_details(mut self) -> Status {
+        self.0.empty_details = true;
+        self
     }
 
     /// The same with `text` before its message.
@@ -285,7 +299,7 @@ impl Status {
         if !self.0.continue_token.is_empty() {
             status["metadata"]["continue"] = Value::String(self.0.continue_token.clone());
         }
-        if !self.0.details.is_empty() {
+        if !self.0.details.is_empty() || self.0.empty_details {
             status["details"] = Value::Object(self.0.details.clone());
         }
         status
@@ -325,7 +339,13 @@ impl From<PatchError> for Status {
         match error {
             PatchError::BadRequest(text) => Status::bad_request(text),
             PatchError::TooLarge(text) => Status::too_large(text),
-            PatchError::Unprocessable(text) => Status::new(StatusCode::UNPROCESSABLE_ENTITY, "", text),
+            // What was wrong stays here: upstream's generic answer has one text for all.
+            PatchError::Unprocessable(_) => Status::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "Invalid",
+                "the server rejected our request due to an error in our request",
+            )
+            .with_empty_details(),
             PatchError::Invalid { value, detail } => {
                 Status::invalid("", "", "", &vec![FieldError::invalid("patch", value, detail)])
             }

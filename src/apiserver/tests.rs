@@ -19,7 +19,10 @@ impl Harness {
     pub fn new() -> Harness {
         let backend = memory::backend();
         for (key, object) in [
-            ("/registry/core/namespaces/default", json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "default", "uid": "n" } })),
+            (
+                "/registry/core/namespaces/default",
+                json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "default", "uid": "n" } }),
+            ),
             (
                 "/registry/core/serviceaccounts/default/default",
                 json!({ "apiVersion": "v1", "kind": "ServiceAccount",

@@ -2,6 +2,7 @@
 
 use super::call::Call;
 use super::codec;
+use super::object::metadata_mut;
 use super::options::WriteOptions;
 use super::status::Status;
 use crate::schema;
@@ -22,7 +23,8 @@ pub fn track(
     if options.applied {
         return Ok(());
     }
-    let kind = call.storage_kind();
+    // Fields are named as the client's version names them.
+    let kind = call.kind();
     let (table, node) = (schema::builtin(), codec::type_of(kind)?);
     let manager = options.manager(call.user_agent());
     let reset = managed::reset_fields(table, node, kind.group, kind.kind, call.subresource_name());
@@ -33,7 +35,27 @@ pub fn track(
         now,
         reset: &reset,
     };
-    managed::update(table, node, old, object, &operation);
+    let version = call.info.version;
+    if codec::is_stored_form(call.resource, version) {
+        managed::update(table, node, old, object, &operation);
+        return Ok(());
+    }
+    let served = |object: &Value| {
+        let mut object = object.clone();
+        codec::from_storage(call.resource, version, &mut object);
+        object
+    };
+    let mut new = served(object);
+    managed::update(table, node, old.map(served).as_ref(), &mut new, &operation);
+    let fields = new.get_mut("metadata").and_then(|m| m.get_mut("managedFields")).map(Value::take);
+    match fields {
+        Some(fields) => {
+            metadata_mut(object).insert("managedFields".to_owned(), fields);
+        }
+        None => {
+            metadata_mut(object).remove("managedFields");
+        }
+    }
     Ok(())
 }
 

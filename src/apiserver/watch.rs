@@ -218,7 +218,7 @@ pub async fn watch(call: &Call<'_>) -> Result<Response<Body>, Status> {
         Ok(_) => accepted,
     };
     let include = table::Include::of(call.query)?;
-    let wanted = options.revision(call.resource)?;
+    let wanted = options.revision()?;
     let store = call.server.backend().store().clone();
     let (start, end) = range(call, &options);
     let initial = match (options.send_initial_events, wanted) {

@@ -139,6 +139,7 @@ async fn insert_once(call: &Call<'_>, mut object: Value, options: &WriteOptions)
     fields.insert("uid".to_owned(), Value::String(names::uuid()));
     fields.insert("creationTimestamp".to_owned(), Value::String(now.clone()));
     let name = meta(&object, "name").to_owned();
+    tracking::track(call, &mut object, None, options, &now)?;
     admit(call, Operation::Create, &name, &mut object, None, options, Phase::Mutate).await?;
     // Admission may not move the object.
     let name = meta(&object, "name").to_owned();
@@ -159,7 +160,6 @@ async fn insert_once(call: &Call<'_>, mut object: Value, options: &WriteOptions)
         metadata_mut(&mut object).remove("generation");
     }
     let mut object = normalize(call, object)?;
-    tracking::track(call, &mut object, None, options, &now)?;
     let mut errors = metadata::validate(resource, &object);
     errors.extend((resource.strategy.validate_create)(&context, &object));
     if !errors.is_empty() {
@@ -398,11 +398,11 @@ async fn attempt(
     };
     confine(call, &mut object, &old);
     carry_over(&mut object, &old);
+    tracking::track(call, &mut object, Some(&old), options, &now)?;
     admit(call, Operation::Update, name, &mut object, Some(&old), options, Phase::Mutate).await?;
     (resource.strategy.prepare_update)(&context, &mut object, &old);
     let mut object = normalize(call, object)?;
     count_generation(resource, &mut object, &old);
-    tracking::track(call, &mut object, Some(&old), options, &now)?;
     let mut errors = metadata::validate(resource, &object);
     errors.extend(metadata::validate_update(&object, &old));
     errors.extend((resource.strategy.validate_update)(&context, &object, &old));

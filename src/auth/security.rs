@@ -114,8 +114,7 @@ impl Security {
         names: &ServingNames<'_>,
         shutdown: &tokio_util::sync::CancellationToken,
     ) -> Result<Listener, ListenError> {
-        let names =
-            server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, names.configured);
+        let names = server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, names.configured);
         let leaf = ServerLeaf::issue(self.keys.clone(), names, SystemTime::now())?;
         let (authenticator, authorizer) = (self.authenticator.clone(), self.authorizer.clone());
         let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default()).await?;

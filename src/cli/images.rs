@@ -11,10 +11,14 @@ use super::args::{ImagesArgs, ImagesCommand};
 /// Runs the command.
 pub fn run(args: ImagesArgs) -> anyhow::Result<ExitCode> {
     if !args.data_dir.exists() {
-        bail!("--data-dir {:?}: there is no such folder; start a server first or name its folder", args.data_dir.display());
+        bail!(
+            "--data-dir {:?}: there is no such folder; start a server first or name its folder",
+            args.data_dir.display()
+        );
     }
     let folder = args.data_dir.join("agent/store");
-    let store = ImageStore::open(&folder, false).with_context(|| format!("open the image store {}", folder.display()))?;
+    let store =
+        ImageStore::open(&folder, false).with_context(|| format!("open the image store {}", folder.display()))?;
     match args.command {
         ImagesCommand::Ls { digests } => list(&store, digests),
         ImagesCommand::Import { files } => import(&store, &files),

@@ -102,7 +102,8 @@ fn stop_server(data_dir: &Path, errors: &mut Vec<String>) {
 fn unmount_below(dir: &Path) -> Result<(), String> {
     let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("read the mounts: {e}"))?;
-    let below = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).filter(|path| path.starts_with(&dir));
+    let below =
+        mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).filter(|path| path.starts_with(&dir));
     let mut below: Vec<PathBuf> = below.collect();
     below.reverse();
     for path in below {

@@ -29,7 +29,14 @@ pub fn start(term: &Term) {
     });
     let reconcile = Arc::new(Aggregation { api: term.api("clusterrole-aggregation-controller"), roles: roles.clone() });
     let subscriptions = vec![subscription];
-    term.start(Controller { name: "clusterrole-aggregation", queue, concurrency: 2, needs: vec![roles], subscriptions, reconcile });
+    term.start(Controller {
+        name: "clusterrole-aggregation",
+        queue,
+        concurrency: 2,
+        needs: vec![roles],
+        subscriptions,
+        reconcile,
+    });
 }
 
 /// Cheaper than decoding every role: the field's name is in the bytes.
@@ -64,7 +71,8 @@ impl Aggregation {
     async fn sync(&self, key: &Key) -> Result<Next, ReconcileError> {
         let Some(object) = self.roles.get(key) else { return Ok(Next::Done) };
         let mut role: ClusterRole = object.decode()?;
-        let Some(selectors) = role.aggregation_rule.as_ref().and_then(|rule| rule.cluster_role_selectors.clone()) else {
+        let Some(selectors) = role.aggregation_rule.as_ref().and_then(|rule| rule.cluster_role_selectors.clone())
+        else {
             return Ok(Next::Done);
         };
         let selectors: Vec<Selector> =
@@ -99,7 +107,10 @@ mod tests {
             let rules: Vec<_> = verbs.iter().map(|verb| json!({"verbs": [verb]})).collect();
             serde_json::from_value(json!({"rules": rules})).unwrap()
         };
-        let verbs: Vec<_> = union(&[role(&["get", "list"]), role(&["list", "watch"])]).into_iter().flat_map(|rule| rule.verbs).collect();
+        let verbs: Vec<_> = union(&[role(&["get", "list"]), role(&["list", "watch"])])
+            .into_iter()
+            .flat_map(|rule| rule.verbs)
+            .collect();
         assert_eq!(verbs, ["get", "list", "watch"]);
         let aggregate = json!({"metadata": {"name": "a"}, "aggregationRule": {"clusterRoleSelectors": []}}).to_string();
         assert!(is_aggregate(&parse(&CLUSTER_ROLES, aggregate.as_bytes(), false).unwrap()));

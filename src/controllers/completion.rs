@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::batch::v1::{
-    Job, JobCondition, JobSpec, JobStatus, PodFailurePolicyRule,
-};
+use k8s_openapi::api::batch::v1::{Job, JobCondition, JobSpec, JobStatus, PodFailurePolicyRule};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -239,7 +237,8 @@ impl Work<'_> {
         let active: Vec<&JobPod> = self.pods.iter().filter(|pod| pod.is_active()).collect();
         let mut active_count = i32::try_from(active.len()).unwrap_or(i32::MAX);
         let mut ready = i32::try_from(active.iter().filter(|pod| pod.facts.ready).count()).unwrap_or(0);
-        let leaving = self.pods.iter().filter(|pod| pod.is_deleting() && !matches!(pod.phase(), "Succeeded" | "Failed"));
+        let leaving =
+            self.pods.iter().filter(|pod| pod.is_deleting() && !matches!(pod.phase(), "Succeeded" | "Failed"));
         let mut terminating = i32::try_from(leaving.count()).unwrap_or(0);
         if ending.is_some() {
             self.plan.delete = active.iter().map(|pod| pod.name().to_owned()).collect();
@@ -247,12 +246,17 @@ impl Work<'_> {
             self.manage(&active, terminating, suspended);
         }
         let removed = i32::try_from(self.plan.delete.len()).unwrap_or(0);
-        let removed_ready = active.iter().filter(|pod| pod.facts.ready && self.plan.delete.iter().any(|name| name == pod.name()));
+        let removed_ready =
+            active.iter().filter(|pod| pod.facts.ready && self.plan.delete.iter().any(|name| name == pod.name()));
         ready -= i32::try_from(removed_ready.count()).unwrap_or(0);
         active_count += i32::try_from(self.plan.create.len()).unwrap_or(0) - removed;
         terminating += removed;
         if ending.is_none() && self.is_complete(active_count) {
-            ending = Some(("SuccessCriteriaMet", "CompletionsReached", "Reached expected number of succeeded pods".to_owned()));
+            ending = Some((
+                "SuccessCriteriaMet",
+                "CompletionsReached",
+                "Reached expected number of succeeded pods".to_owned(),
+            ));
         } else if ending.is_none() && self.job.metadata.deletion_timestamp.is_none() {
             self.note_suspension(suspended);
         }
@@ -297,7 +301,8 @@ impl Work<'_> {
         let (mut failures, mut last_success) = (0u32, 0);
         let keep = self.kept_for_index();
         for pod in self.pods.iter().filter(|pod| pod.is_tracked()) {
-            let gathered = uncounted.succeeded.as_ref().map_or(0, Vec::len) + uncounted.failed.as_ref().map_or(0, Vec::len);
+            let gathered =
+                uncounted.succeeded.as_ref().map_or(0, Vec::len) + uncounted.failed.as_ref().map_or(0, Vec::len);
             if gathered >= MAX_UNCOUNTED {
                 break;
             }
@@ -311,7 +316,9 @@ impl Work<'_> {
                     None => uncounted.succeeded.get_or_insert_default().push(pod.uid().to_owned()),
                 }
                 self.plan.untrack.push(pod.name().to_owned());
-            } else if pod.has_failed(self.only_failed) || (pod.is_deleting() && self.job.metadata.deletion_timestamp.is_some()) {
+            } else if pod.has_failed(self.only_failed)
+                || (pod.is_deleting() && self.job.metadata.deletion_timestamp.is_some())
+            {
                 let in_range = !self.indexed || pod.index().is_some_and(|index| index < self.completions);
                 if !known(&uncounted.failed) && in_range && self.counts(pod) {
                     uncounted.failed.get_or_insert_default().push(pod.uid().to_owned());
@@ -388,7 +395,10 @@ impl Work<'_> {
             let Some(index) = pod.index() else { continue };
             let done = failed.has(index) || self.succeeded.has(index);
             let taken_over = self.pods.iter().any(|other| other.index() == Some(index) && other.is_active());
-            if !done && !taken_over && newest.get(&index).is_none_or(|best| best.failures_before() <= pod.failures_before()) {
+            if !done
+                && !taken_over
+                && newest.get(&index).is_none_or(|best| best.failures_before() <= pod.failures_before())
+            {
                 newest.insert(index, pod);
             }
         }
@@ -401,8 +411,15 @@ impl Work<'_> {
         let status = &self.plan.status;
         let restored = |condition: &JobCondition| {
             let reason = condition.reason.as_deref().unwrap_or_default();
-            let known = ["PodFailurePolicy", "BackoffLimitExceeded", "DeadlineExceeded", "MaxFailedIndexesExceeded",
-                "FailedIndexes", "SuccessPolicy", "CompletionsReached"];
+            let known = [
+                "PodFailurePolicy",
+                "BackoffLimitExceeded",
+                "DeadlineExceeded",
+                "MaxFailedIndexesExceeded",
+                "FailedIndexes",
+                "SuccessPolicy",
+                "CompletionsReached",
+            ];
             let reason = known.into_iter().find(|known| *known == reason).unwrap_or("BackoffLimitExceeded");
             (reason, condition.message.clone().unwrap_or_default())
         };
@@ -423,7 +440,9 @@ impl Work<'_> {
             let message = "Job has reached the specified backoff limit".to_owned();
             return Some(("FailureTarget", "BackoffLimitExceeded", message));
         }
-        if let (Some(seconds), Some(start), false) = (self.spec.active_deadline_seconds, &self.plan.status.start_time, suspended) {
+        if let (Some(seconds), Some(start), false) =
+            (self.spec.active_deadline_seconds, &self.plan.status.start_time, suspended)
+        {
             let left = start.0.as_second() + seconds - self.now.as_second();
             if left <= 0 {
                 let message = "Job was active longer than specified deadline".to_owned();
@@ -440,7 +459,8 @@ impl Work<'_> {
                 return Some(("FailureTarget", "FailedIndexes", "Job has failed indexes".to_owned()));
             }
         }
-        self.success_rule().map(|index| ("SuccessCriteriaMet", "SuccessPolicy", format!("Matched rules at index {index}")))
+        self.success_rule()
+            .map(|index| ("SuccessCriteriaMet", "SuccessPolicy", format!("Matched rules at index {index}")))
     }
 
     fn restarts_exceed(&self, limit: i32) -> bool {
@@ -557,14 +577,21 @@ impl Work<'_> {
                 return self.again(rest);
             }
         }
-        if self.indexed { self.create_indexes(missing) } else { self.plan.create = vec![NewPod { index: None, failures: None }; missing] }
+        if self.indexed {
+            self.create_indexes(missing)
+        } else {
+            self.plan.create = vec![NewPod { index: None, failures: None }; missing]
+        }
     }
 
     fn create_indexes(&mut self, missing: usize) {
         let taken: HashSet<i32> = self
             .pods
             .iter()
-            .filter(|pod| pod.is_active() || (self.only_failed && pod.is_deleting() && !matches!(pod.phase(), "Failed" | "Succeeded")))
+            .filter(|pod| {
+                pod.is_active()
+                    || (self.only_failed && pod.is_deleting() && !matches!(pod.phase(), "Failed" | "Succeeded"))
+            })
             .filter_map(JobPod::index)
             .collect();
         let free: Vec<i32> = (0..self.completions)
@@ -594,7 +621,9 @@ impl Work<'_> {
     /// Pods of one index too many, or beyond the completions, and as many as are too many.
     fn to_remove(&self, active: &[&JobPod], excess: usize) -> Vec<String> {
         let mut order: Vec<&&JobPod> = active.iter().collect();
-        order.sort_by_key(|pod| (pod.phase() == "Running", pod.facts.ready, std::cmp::Reverse(pod.pod.metadata.creation_timestamp.clone())));
+        order.sort_by_key(|pod| {
+            (pod.phase() == "Running", pod.facts.ready, std::cmp::Reverse(pod.pod.metadata.creation_timestamp.clone()))
+        });
         let mut doomed: Vec<String> = Vec::new();
         if self.indexed {
             let mut seen = HashSet::new();

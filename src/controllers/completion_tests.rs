@@ -25,7 +25,9 @@ fn planned(job: &Job, pods: &[JobPod]) -> Plan {
 }
 
 fn has_uncounted(uncounted: Option<&UncountedTerminatedPods>) -> bool {
-    uncounted.is_some_and(|all| all.succeeded.iter().flatten().next().is_some() || all.failed.iter().flatten().next().is_some())
+    uncounted.is_some_and(|all| {
+        all.succeeded.iter().flatten().next().is_some() || all.failed.iter().flatten().next().is_some()
+    })
 }
 
 fn kinds(plan: &Plan) -> Vec<(String, String)> {
@@ -44,7 +46,8 @@ fn pods_are_created_up_to_parallelism_and_counted_when_they_end() {
     assert_eq!(uncounted.succeeded, Some(vec!["a".to_owned()]));
     // Once the finalizer is gone, the count is final.
     let status = json!({"uncountedTerminatedPods": {"succeeded": ["a"]}});
-    let settled = planned(&job(json!({}), status), &[pod("a", "Succeeded", None, json!({"metadata": {"finalizers": []}}))]);
+    let settled =
+        planned(&job(json!({}), status), &[pod("a", "Succeeded", None, json!({"metadata": {"finalizers": []}}))]);
     assert_eq!(settled.status.succeeded, Some(1));
     assert!(!has_uncounted(settled.status.uncounted_terminated_pods.as_ref()));
 }
@@ -54,7 +57,8 @@ fn a_job_is_complete_only_when_everything_is_counted() {
     let last = planned(&job(json!({}), json!({"succeeded": 2})), &[pod("c", "Succeeded", None, json!({}))]);
     assert_eq!(kinds(&last), [("SuccessCriteriaMet".to_owned(), "CompletionsReached".to_owned())]);
     assert!(last.events.is_empty());
-    let status = json!({"succeeded": 2, "uncountedTerminatedPods": {"succeeded": ["c"]}, "conditions": last.status.conditions});
+    let status =
+        json!({"succeeded": 2, "uncountedTerminatedPods": {"succeeded": ["c"]}, "conditions": last.status.conditions});
     let done = planned(&job(json!({}), status), &[]);
     assert_eq!(kinds(&done)[1], ("Complete".to_owned(), "CompletionsReached".to_owned()));
     assert!(is_finished(Some(&done.status)) && done.status.completion_time.is_some());
@@ -92,7 +96,10 @@ fn a_failure_policy_decides_what_counts() {
         "state": {"terminated": {"exitCode": 42}}}]}});
     let fatal = planned(&job(spec("FailJob"), json!({})), &[pod("a", "Failed", None, exit.clone())]);
     let condition = &fatal.status.conditions.as_ref().unwrap()[0];
-    assert_eq!(condition.message.as_deref(), Some("Container c for pod n/a failed with exit code 42 matching FailJob rule at index 0"));
+    assert_eq!(
+        condition.message.as_deref(),
+        Some("Container c for pod n/a failed with exit code 42 matching FailJob rule at index 0")
+    );
     let ignored = planned(&job(spec("Ignore"), json!({})), &[pod("a", "Failed", None, exit)]);
     assert!(!has_uncounted(ignored.status.uncounted_terminated_pods.as_ref()));
     assert_eq!(ignored.untrack, ["a"]);
@@ -102,13 +109,24 @@ fn a_failure_policy_decides_what_counts() {
 fn each_index_has_its_own_limit_when_asked() {
     let spec = json!({"completionMode": "Indexed", "completions": 2, "parallelism": 2, "backoffLimitPerIndex": 1, "backoffLimit": i32::MAX});
     let failed = |name: &str, index, before: &str, at: &str| {
-        pod(name, "Failed", Some(index), json!({"metadata": {"annotations": {INDEX_FAILURES: before}}, "status": {"containerStatuses": [
-            {"name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"terminated": {"exitCode": 1, "finishedAt": at}}}]}}))
+        pod(
+            name,
+            "Failed",
+            Some(index),
+            json!({"metadata": {"annotations": {INDEX_FAILURES: before}}, "status": {"containerStatuses": [
+            {"name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"terminated": {"exitCode": 1, "finishedAt": at}}}]}}),
+        )
     };
-    let retried = planned(&job(spec.clone(), json!({})), &[failed("a", 0, "0", "2026-01-01T00:00:00Z"), pod("b", "Running", Some(1), json!({}))]);
+    let retried = planned(
+        &job(spec.clone(), json!({})),
+        &[failed("a", 0, "0", "2026-01-01T00:00:00Z"), pod("b", "Running", Some(1), json!({}))],
+    );
     assert_eq!(retried.create, [NewPod { index: Some(0), failures: Some(1) }]);
     assert!(retried.untrack.is_empty(), "the failed pod carries the count until the next one does");
-    let given_up = planned(&job(spec, json!({})), &[failed("a", 0, "1", "2026-01-01T00:00:00Z"), pod("b", "Succeeded", Some(1), json!({}))]);
+    let given_up = planned(
+        &job(spec, json!({})),
+        &[failed("a", 0, "1", "2026-01-01T00:00:00Z"), pod("b", "Succeeded", Some(1), json!({}))],
+    );
     assert_eq!(given_up.status.failed_indexes.as_deref(), Some("0"));
     assert_eq!(kinds(&given_up), [("FailureTarget".to_owned(), "FailedIndexes".to_owned())]);
 }

@@ -77,7 +77,8 @@ impl Reconcile for CronJobs {
 /// How a Job ended: `Complete`, `Failed` or not yet.
 fn ended(job: &Job) -> Option<&str> {
     let conditions = job.status.as_ref()?.conditions.as_ref()?;
-    let mut last = conditions.iter().filter(|one| one.status == "True" && (one.type_ == "Complete" || one.type_ == "Failed"));
+    let mut last =
+        conditions.iter().filter(|one| one.status == "True" && (one.type_ == "Complete" || one.type_ == "Failed"));
     last.next().map(|condition| condition.type_.as_str())
 }
 
@@ -160,13 +161,19 @@ impl CronJobs {
         let since = status.last_schedule_time.as_ref().map_or(created, |time| time.0);
         let Some((time, many)) = due(&schedule, spec, since, now) else { return Ok(next) };
         if many {
-            let message = "too many missed start times. Set or decrease .spec.startingDeadlineSeconds or check clock skew";
+            let message =
+                "too many missed start times. Set or decrease .spec.startingDeadlineSeconds or check clock skew";
             self.tell(object, EventType::Warning, "TooManyMissedTimes", message.to_owned());
         }
         let late = spec.starting_deadline_seconds.is_some_and(|allowed| time.as_second() + allowed < now.as_second());
         if late {
             let when = jiff::fmt::strtime::format("%a, %d %b %Y %H:%M:%S UTC", time).unwrap_or_default();
-            self.tell(object, EventType::Warning, "MissSchedule", format!("Missed scheduled time to start a job: {when}"));
+            self.tell(
+                object,
+                EventType::Warning,
+                "MissSchedule",
+                format!("Missed scheduled time to start a job: {when}"),
+            );
             return Ok(next);
         }
         let active = status.active.clone().unwrap_or_default();
@@ -176,7 +183,8 @@ impl CronJobs {
             return Ok(next);
         }
         if spec.concurrency_policy.as_deref() == Some("Replace") {
-            for (job, _) in jobs.iter().filter(|(job, _)| active.iter().any(|one| one.uid.as_deref() == Some(&job.uid))) {
+            for (job, _) in jobs.iter().filter(|(job, _)| active.iter().any(|one| one.uid.as_deref() == Some(&job.uid)))
+            {
                 self.delete(object, job).await?;
                 status.active.get_or_insert_default().retain(|one| one.uid.as_deref() != Some(&job.uid));
             }
@@ -277,7 +285,8 @@ impl CronJobs {
     }
 
     async fn delete(&self, object: &Object, job: &Object) -> Result<(), ApiError> {
-        let background = DeleteOptions { propagation_policy: Some("Background".to_owned()), ..DeleteOptions::default() };
+        let background =
+            DeleteOptions { propagation_policy: Some("Background".to_owned()), ..DeleteOptions::default() };
         match self.api.delete_with(&JOBS, &job.key, &job.uid, &background).await {
             Ok(_) => {
                 let message = format!("Deleted job {}", job.key.name());

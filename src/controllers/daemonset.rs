@@ -151,7 +151,8 @@ pub fn plan(nodes: &BTreeMap<String, Takes>, daemons: &[Daemon], rolling: Option
         place(&mut plan, node, *takes, pods, rolling);
     }
     // Pods that wait for a node that is gone.
-    let stray = daemons.iter().filter(|daemon| !daemon.bound && !daemon.terminating && !nodes.contains_key(&daemon.node));
+    let stray =
+        daemons.iter().filter(|daemon| !daemon.bound && !daemon.terminating && !nodes.contains_key(&daemon.node));
     plan.delete.extend(stray.map(|daemon| daemon.name.clone()));
     if let Some(rolling) = rolling
         && plan.create.is_empty()
@@ -343,10 +344,16 @@ impl DaemonSets {
     async fn apply(&self, object: &Object, template: &PodTemplateSpec, plan: &Plan) -> Result<(), ApiError> {
         for (pod, node, phase) in &plan.ended {
             let (kind, reason, message) = if phase == "Failed" {
-                let message = format!("Found failed daemon pod {}/{pod} on node {node}, will try to kill it", object.key.namespace());
+                let message = format!(
+                    "Found failed daemon pod {}/{pod} on node {node}, will try to kill it",
+                    object.key.namespace()
+                );
                 (EventType::Warning, "FailedDaemonPod", message)
             } else {
-                let message = format!("Found succeeded daemon pod {}/{pod} on node {node}, will try to delete it", object.key.namespace());
+                let message = format!(
+                    "Found succeeded daemon pod {}/{pod} on node {node}, will try to delete it",
+                    object.key.namespace()
+                );
                 (EventType::Normal, "SucceededDaemonPod", message)
             };
             self.events.tell(&DAEMON_SETS, object, kind, reason, message);
@@ -510,7 +517,12 @@ mod tests {
     #[test]
     fn every_node_that_takes_one_has_one() {
         let nodes = nodes(&[("a", YES), ("b", YES), ("c", NO), ("d", STAYS)]);
-        let there = [daemon("a1", "a", true, true), daemon("a2", "a", true, true), daemon("c1", "c", true, true), daemon("d1", "d", true, true)];
+        let there = [
+            daemon("a1", "a", true, true),
+            daemon("a2", "a", true, true),
+            daemon("c1", "c", true, true),
+            daemon("d1", "d", true, true),
+        ];
         let plan = plan(&nodes, &there, Some(ONE));
         assert_eq!((plan.create, plan.delete), (vec!["b".to_owned()], vec!["a2".to_owned(), "c1".to_owned()]));
         assert_eq!(plan.counts, Counts { desired: 2, current: 1, misscheduled: 2, ready: 1, available: 1, updated: 1 });
@@ -526,13 +538,20 @@ mod tests {
     #[test]
     fn updates_take_what_does_not_work_first_and_no_more_than_allowed() {
         let nodes = nodes(&[("a", YES), ("b", YES), ("c", YES)]);
-        let all = |broken: bool| [daemon("a1", "a", false, true), daemon("b1", "b", false, !broken), daemon("c1", "c", false, true)];
+        let all = |broken: bool| {
+            [daemon("a1", "a", false, true), daemon("b1", "b", false, !broken), daemon("c1", "c", false, true)]
+        };
         assert_eq!(plan(&nodes, &all(false), Some(ONE)).delete, ["a1"]);
         assert_eq!(plan(&nodes, &all(true), Some(ONE)).delete, ["b1"]);
         assert!(plan(&nodes, &all(false), None).delete.is_empty());
         let surge = Rolling { max_surge: 1, max_unavailable: 0 };
         assert_eq!(plan(&nodes, &all(false), Some(surge)).create, ["a"]);
-        let both = [daemon("a1", "a", false, true), daemon("a2", "a", true, true), daemon("b1", "b", false, true), daemon("c1", "c", false, true)];
+        let both = [
+            daemon("a1", "a", false, true),
+            daemon("a2", "a", true, true),
+            daemon("b1", "b", false, true),
+            daemon("c1", "c", false, true),
+        ];
         assert_eq!(plan(&nodes, &both, Some(surge)).delete, ["a1"]);
     }
 }

@@ -37,7 +37,8 @@ pub fn start(term: &Term) {
     let api = term.api("disruption-controller");
     let subscriptions = vec![enqueue_self(&queue, &budgets), enqueue_budgets(&queue, &budgets, &pods)];
     let needs: Vec<Arc<Informer>> = owners.iter().cloned().chain([budgets.clone(), pods.clone()]).collect();
-    let reconcile = Arc::new(Disruption { events: term.recorder.events(&api, "controllermanager"), api, budgets, pods, owners });
+    let reconcile =
+        Arc::new(Disruption { events: term.recorder.events(&api, "controllermanager"), api, budgets, pods, owners });
     term.start(Controller { name: "disruption", queue, concurrency: 4, needs, subscriptions, reconcile });
 }
 
@@ -132,7 +133,13 @@ impl Disruption {
             None => Vec::new(),
         };
         if pods.is_empty() {
-            self.events.tell(&POD_DISRUPTION_BUDGETS, &object, EventType::Normal, "NoPods", "No matching pods found".to_owned());
+            self.events.tell(
+                &POD_DISRUPTION_BUDGETS,
+                &object,
+                EventType::Normal,
+                "NoPods",
+                "No matching pods found".to_owned(),
+            );
         }
         let now = Timestamp::now();
         let old = budget.status.clone().unwrap_or_default();
@@ -144,8 +151,7 @@ impl Disruption {
             .count();
         let (expected, desired) = required(spec, count(active.len()), self.scale(&active)?);
         let again = disrupted.values().map(|time| time.0.as_second() + DISRUPTED_FOR - now.as_second()).min();
-        let counted =
-            Counted { expected, desired, healthy: count(healthy), disrupted, generation: object.generation };
+        let counted = Counted { expected, desired, healthy: count(healthy), disrupted, generation: object.generation };
         let new = status(&old, counted, now);
         if budget.status.as_ref() != Some(&new) {
             match self.api.update_status(&POD_DISRUPTION_BUDGETS, &object, &new).await {
@@ -229,8 +235,14 @@ mod tests {
         let counted = |healthy| Counted { expected: 3, desired: 2, healthy, disrupted: BTreeMap::new(), generation: 1 };
         let now = Timestamp::UNIX_EPOCH;
         let allowed = status(&PodDisruptionBudgetStatus::default(), counted(3), now);
-        assert_eq!((allowed.disruptions_allowed, allowed.conditions.as_ref().unwrap()[0].reason.as_str()), (1, "SufficientPods"));
+        assert_eq!(
+            (allowed.disruptions_allowed, allowed.conditions.as_ref().unwrap()[0].reason.as_str()),
+            (1, "SufficientPods")
+        );
         let refused = status(&allowed, counted(1), now);
-        assert_eq!((refused.disruptions_allowed, refused.conditions.unwrap()[0].reason.as_str()), (0, "InsufficientPods"));
+        assert_eq!(
+            (refused.disruptions_allowed, refused.conditions.unwrap()[0].reason.as_str()),
+            (0, "InsufficientPods")
+        );
     }
 }

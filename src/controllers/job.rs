@@ -12,9 +12,7 @@ use serde_json::json;
 
 use super::Term;
 use super::api::{Api, ApiError, PatchKind};
-use super::completion::{
-    Failures, INDEX, INDEX_FAILURES, JobPod, NewPod, TRACKING, is_finished, plan,
-};
+use super::completion::{Failures, INDEX, INDEX_FAILURES, JobPod, NewPod, TRACKING, is_finished, plan};
 use super::event::{EventType, Events};
 use super::informer::{Informer, Subscription};
 use super::object::{Key, Object};
@@ -46,7 +44,14 @@ pub fn start(term: &Term) {
     let queue = Arc::new(Queue::default());
     let subscriptions = vec![enqueue_tracked(&queue, &pods), enqueue_pods_of_gone_jobs(&queue, &jobs, &pods)];
     let reconcile = Arc::new(Orphans { api, jobs: jobs.clone(), pods: pods.clone() });
-    term.start(Controller { name: "job-orphan", queue, concurrency: 4, needs: vec![jobs, pods], subscriptions, reconcile });
+    term.start(Controller {
+        name: "job-orphan",
+        queue,
+        concurrency: 4,
+        needs: vec![jobs, pods],
+        subscriptions,
+        reconcile,
+    });
 }
 
 fn is_tracked(pod: &Object) -> bool {
@@ -239,8 +244,15 @@ impl Jobs {
 /// Reasons are few and fixed; events hold them without allocating.
 fn reason_name(reason: &str) -> &'static str {
     const REASONS: [&str; 9] = [
-        "Completed", "Suspended", "Resumed", "TooManySucceededPods", "PodFailurePolicy", "BackoffLimitExceeded",
-        "DeadlineExceeded", "MaxFailedIndexesExceeded", "FailedIndexes",
+        "Completed",
+        "Suspended",
+        "Resumed",
+        "TooManySucceededPods",
+        "PodFailurePolicy",
+        "BackoffLimitExceeded",
+        "DeadlineExceeded",
+        "MaxFailedIndexesExceeded",
+        "FailedIndexes",
     ];
     REASONS.into_iter().find(|known| *known == reason).unwrap_or("Failed")
 }

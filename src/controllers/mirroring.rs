@@ -52,7 +52,8 @@ struct Mirroring {
 }
 
 fn is_mirrored(endpoints: &Object, metadata: &ObjectMeta) -> bool {
-    let elects = metadata.annotations.as_ref().is_some_and(|all| all.contains_key("control-plane.alpha.kubernetes.io/leader"));
+    let elects =
+        metadata.annotations.as_ref().is_some_and(|all| all.contains_key("control-plane.alpha.kubernetes.io/leader"));
     endpoints.deleting.is_none() && endpoints.labels.get(SKIP) != Some("true") && !elects
 }
 
@@ -196,7 +197,8 @@ mod tests {
     fn subsets_become_groups_of_one_family() {
         let subsets: Vec<EndpointSubset> = serde_json::from_value(json!([{
             "addresses": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}], "notReadyAddresses": [{"ip": "10.0.0.2"}],
-            "ports": [{"port": 80}]}])).unwrap();
+            "ports": [{"port": 80}]}]))
+        .unwrap();
         let four = groups(&subsets, "IPv4");
         let addresses: Vec<(&str, bool)> = four[0]
             .endpoints

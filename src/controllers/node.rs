@@ -45,8 +45,7 @@ const PRESSURES: [(&str, &str); 4] = [
 /// Starts the loop.
 pub fn start(term: &Term) {
     let queue = Arc::new(Queue::default());
-    let (nodes, leases, pods) =
-        (term.informers.of(&NODES), term.informers.of(&LEASES), term.informers.of(&PODS));
+    let (nodes, leases, pods) = (term.informers.of(&NODES), term.informers.of(&LEASES), term.informers.of(&PODS));
     let api = term.api("node-controller");
     let subscriptions = vec![enqueue_self(&queue, &nodes), enqueue_on_renewal(&queue, &leases)];
     let reconcile = Arc::new(NodeLifecycle {
@@ -155,11 +154,8 @@ pub fn taints(node: &Node, evict: bool, now: Timestamp) -> Option<Vec<Taint>> {
         _ => false,
     };
     let is = |taint: &Taint, (key, effect): &(&str, &str)| taint.key == *key && taint.effect == *effect;
-    let mut result: Vec<Taint> = present
-        .iter()
-        .filter(|taint| !ours(taint) || wanted.iter().any(|pair| is(taint, pair)))
-        .cloned()
-        .collect();
+    let mut result: Vec<Taint> =
+        present.iter().filter(|taint| !ours(taint) || wanted.iter().any(|pair| is(taint, pair))).cloned().collect();
     for pair in &wanted {
         if !result.iter().any(|taint| is(taint, pair)) {
             let (key, effect) = (pair.0.to_owned(), pair.1.to_owned());
@@ -286,7 +282,8 @@ mod tests {
 
     fn node(ready: &str, spec: Value) -> Node {
         let conditions = if ready.is_empty() { json!([]) } else { json!([{"type": "Ready", "status": ready}]) };
-        serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": spec, "status": {"conditions": conditions}})).unwrap()
+        serde_json::from_value(json!({"metadata": {"name": "n"}, "spec": spec, "status": {"conditions": conditions}}))
+            .unwrap()
     }
 
     fn pairs(taints: Option<Vec<Taint>>) -> Option<Vec<String>> {
@@ -315,7 +312,10 @@ mod tests {
         let node = node("True", json!({}));
         let conditions = silent_conditions(&node, NOW).unwrap();
         assert_eq!(conditions.len(), 4);
-        assert_eq!((conditions[0].status.as_str(), conditions[0].reason.as_deref()), ("Unknown", Some("NodeStatusUnknown")));
+        assert_eq!(
+            (conditions[0].status.as_str(), conditions[0].reason.as_deref()),
+            ("Unknown", Some("NodeStatusUnknown"))
+        );
         assert_eq!(conditions[1].reason.as_deref(), Some("NodeStatusNeverUpdated"));
         let mut silent = node;
         silent.status.as_mut().unwrap().conditions = Some(conditions);

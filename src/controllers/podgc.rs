@@ -28,7 +28,8 @@ pub fn start(term: &Term) {
     let queue = Arc::new(Queue::default());
     let (pods, nodes) = (term.informers.of(&PODS), term.informers.of(&NODES));
     let subscriptions = vec![enqueue_pods(&queue, &pods, &nodes), enqueue_on_node_change(&queue, &pods, &nodes)];
-    let reconcile = Arc::new(PodGc { api: term.api("pod-garbage-collector"), pods: pods.clone(), nodes: nodes.clone() });
+    let reconcile =
+        Arc::new(PodGc { api: term.api("pod-garbage-collector"), pods: pods.clone(), nodes: nodes.clone() });
     term.start(Controller { name: "podgc", queue, concurrency: 4, needs: vec![nodes, pods], subscriptions, reconcile });
 }
 
@@ -96,7 +97,9 @@ impl PodGc {
                     Ok(_) => return Ok(Next::Done),
                 }
             }
-            (Some(_), Some(node)) if pod.deleting.is_some() && is_out_of_service(&node.decode()?) => Reason::OutOfService,
+            (Some(_), Some(node)) if pod.deleting.is_some() && is_out_of_service(&node.decode()?) => {
+                Reason::OutOfService
+            }
             _ if pod.is_finished() && self.is_excess(&pod) => Reason::Excess,
             _ => return Ok(Next::Done),
         };
@@ -142,7 +145,8 @@ impl PodGc {
 
 fn is_out_of_service(node: &Node) -> bool {
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
-    let tainted = taints.is_some_and(|taints| taints.iter().any(|taint| taint.key == "node.kubernetes.io/out-of-service"));
+    let tainted =
+        taints.is_some_and(|taints| taints.iter().any(|taint| taint.key == "node.kubernetes.io/out-of-service"));
     let conditions = node.status.as_ref().and_then(|status| status.conditions.as_ref());
     let ready = conditions.is_some_and(|all| all.iter().any(|one| one.type_ == "Ready" && one.status == "True"));
     tainted && !ready

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use k8s_openapi::api::core::v1::{
-    PersistentVolumeClaim, Pod, ResourceQuota, ResourceQuotaSpec, ResourceQuotaStatus, ScopedResourceSelectorRequirement,
-    Service,
+    PersistentVolumeClaim, Pod, ResourceQuota, ResourceQuotaSpec, ResourceQuotaStatus,
+    ScopedResourceSelectorRequirement, Service,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use parking_lot::Mutex;
@@ -303,8 +303,10 @@ impl Quotas {
         };
         let (plural, group) = name.split_once('.').unwrap_or((name, ""));
         let catalog = self.discovery.catalog().await?;
-        let mut served = catalog.served.iter().filter(|one| one.resource.plural == plural && one.resource.group == group);
-        let Some(resource) = served.next().filter(|one| one.can("list") && one.can("watch")).map(|one| &one.resource) else {
+        let mut served =
+            catalog.served.iter().filter(|one| one.resource.plural == plural && one.resource.group == group);
+        let Some(resource) = served.next().filter(|one| one.can("list") && one.can("watch")).map(|one| &one.resource)
+        else {
             return Ok(None);
         };
         let informer = self.informers.metadata_of(resource);
@@ -352,12 +354,16 @@ mod tests {
             let service = json!({"spec": {"type": kind, "ports": [{"port": 1}, {"port": 2}]}});
             add_service(&mut usage, &serde_json::from_value(service).unwrap());
         }
-        assert_eq!((usage["services"], usage["services.nodeports"], usage["services.loadbalancers"]), (3000, 4000, 1000));
+        assert_eq!(
+            (usage["services"], usage["services.nodeports"], usage["services.loadbalancers"]),
+            (3000, 4000, 1000)
+        );
     }
 
     #[test]
     fn scopes_choose_the_pods_that_count() {
-        let scoped = |scopes: Value| -> ResourceQuotaSpec { serde_json::from_value(json!({"scopes": scopes})).unwrap() };
+        let scoped =
+            |scopes: Value| -> ResourceQuotaSpec { serde_json::from_value(json!({"scopes": scopes})).unwrap() };
         let plain = pod(json!({"spec": {"containers": [{"name": "c"}]}}));
         assert!(in_scope(&scoped(json!(["BestEffort", "NotTerminating"])), &plain));
         assert!(!in_scope(&scoped(json!(["BestEffort"])), &pod(json!({}))));
@@ -370,6 +376,9 @@ mod tests {
         assert_eq!(spelled(1500, &limit("2")).0, "1500m");
         assert_eq!(spelled(3000, &limit("5")).0, "3");
         assert_eq!(spelled(thousands(252 << 20), &limit("500Mi")).0, "252Mi");
-        assert!(same(&BTreeMap::from([("a".to_owned(), limit("1"))]), &BTreeMap::from([("a".to_owned(), limit("1000m"))])));
+        assert!(same(
+            &BTreeMap::from([("a".to_owned(), limit("1"))]),
+            &BTreeMap::from([("a".to_owned(), limit("1000m"))])
+        ));
     }
 }

@@ -51,7 +51,16 @@ impl Schedule {
             let seconds = seconds(interval).ok_or_else(|| ScheduleError::Descriptor(text.to_owned()))?;
             let all = u64::MAX;
             let every = Some(seconds.max(1));
-            return Ok(Schedule { minutes: all, hours: all, days: all, months: all, weekdays: all, either_day: false, every, zone });
+            return Ok(Schedule {
+                minutes: all,
+                hours: all,
+                days: all,
+                months: all,
+                weekdays: all,
+                either_day: false,
+                every,
+                zone,
+            });
         }
         if expanded.starts_with('@') {
             return Err(ScheduleError::Descriptor(text.to_owned()));
@@ -88,7 +97,8 @@ impl Schedule {
                 for hour in (from.0..24).filter(|hour| has(self.hours, *hour)) {
                     let first = if hour == from.0 { from.1 } else { 0 };
                     for minute in (first..60).filter(|minute| has(self.minutes, *minute)) {
-                        let time = self.zone.to_timestamp(DateTime::from_parts(date, jiff::civil::time(hour, minute, 0, 0)));
+                        let time =
+                            self.zone.to_timestamp(DateTime::from_parts(date, jiff::civil::time(hour, minute, 0, 0)));
                         // A time that the clocks skip, or one in the hour that they repeat, may lie before.
                         if let Some(time) = time.ok().filter(|time| *time > after) {
                             return Some(time);
@@ -215,7 +225,9 @@ mod tests {
 
     #[test]
     fn bad_schedules_are_refused() {
-        for bad in ["", "* * * *", "60 * * * *", "* * 0 * *", "*/0 * * * *", "5-1 * * * *", "x * * * *", "@never", "@every x"] {
+        for bad in
+            ["", "* * * *", "60 * * * *", "* * 0 * *", "*/0 * * * *", "5-1 * * * *", "x * * * *", "@never", "@every x"]
+        {
             assert!(Schedule::parse(bad, TimeZone::UTC).is_err(), "{bad}");
         }
     }

@@ -6,7 +6,6 @@ use futures::future::{BoxFuture, FutureExt};
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde_json::json;
 
-use super::{INFORMER_USER, Term};
 use super::api::{Api, ApiError};
 use super::informer::{Informer, Subscription};
 use super::object::{Key, Object};
@@ -14,6 +13,7 @@ use super::owner::enqueue_self;
 use super::queue::Queue;
 use super::resource::{CONFIG_MAPS, NAMESPACES, Resource, SERVICE_ACCOUNTS};
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
+use super::{INFORMER_USER, Term};
 
 const DEFAULT: &str = "default";
 const ROOT_CA: &str = "kube-root-ca.crt";

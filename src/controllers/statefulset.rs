@@ -26,8 +26,7 @@ use super::template::{PodName, controller_reference, pod};
 pub fn start(term: &Term) {
     let queue = Arc::new(Queue::default());
     let (sets, pods) = (term.informers.of(&STATEFUL_SETS), term.informers.of(&PODS));
-    let (revisions, claims) =
-        (term.informers.of(&CONTROLLER_REVISIONS), term.informers.of(&PERSISTENT_VOLUME_CLAIMS));
+    let (revisions, claims) = (term.informers.of(&CONTROLLER_REVISIONS), term.informers.of(&PERSISTENT_VOLUME_CLAIMS));
     let api = term.api("statefulset-controller");
     let subscriptions = vec![enqueue_self(&queue, &sets), enqueue_owner(&queue, &STATEFUL_SETS, &sets, &pods)];
     let reconcile = Arc::new(StatefulSets {
@@ -124,7 +123,8 @@ pub fn plan(wanted: &Wanted, members: &[Member]) -> Vec<Change> {
     if !changes.is_empty() {
         return changes;
     }
-    let unhealthy = members.iter().filter(|member| member.terminating || !member.available).map(|member| member.ordinal);
+    let unhealthy =
+        members.iter().filter(|member| member.terminating || !member.available).map(|member| member.ordinal);
     let first_unhealthy = unhealthy.min();
     for member in by_ordinal.values().rev().filter(|member| !range.contains(&member.ordinal)) {
         if member.terminating {
@@ -148,12 +148,7 @@ pub fn plan(wanted: &Wanted, members: &[Member]) -> Vec<Change> {
 }
 
 /// Takes pods of older revisions away, from the last to the partition, as many as may be missing.
-fn update(
-    wanted: &Wanted,
-    members: &BTreeMap<i32, &Member>,
-    range: std::ops::Range<i32>,
-    changes: &mut Vec<Change>,
-) {
+fn update(wanted: &Wanted, members: &BTreeMap<i32, &Member>, range: std::ops::Range<i32>, changes: &mut Vec<Change>) {
     let missing = |member: &&Member| member.terminating || !member.available;
     let unavailable = members.range(range.clone()).filter(|(_, member)| missing(member)).count();
     let mut budget = wanted.max_unavailable - i32::try_from(unavailable).unwrap_or(i32::MAX);
@@ -399,7 +394,13 @@ fn new_status(
 }
 
 /// The template with the pod's identity and claims.
-fn dress(mut template: PodTemplateSpec, spec: &StatefulSetSpec, set: &str, ordinal: i32, revision: &str) -> PodTemplateSpec {
+fn dress(
+    mut template: PodTemplateSpec,
+    spec: &StatefulSetSpec,
+    set: &str,
+    ordinal: i32,
+    revision: &str,
+) -> PodTemplateSpec {
     let name = format!("{set}-{ordinal}");
     let labels = template.metadata.get_or_insert_default().labels.get_or_insert_default();
     labels.insert("statefulset.kubernetes.io/pod-name".to_owned(), name.clone());

@@ -165,9 +165,8 @@ async fn a_deployment_becomes_pods_endpoints_and_a_status_rolls_and_goes_with_al
         )
         .await;
     cluster.post(DEPLOYMENTS, web(3, "a")).await;
-    let deployment = cluster
-        .running_until(&format!("{DEPLOYMENTS}/web"), |web| web["status"]["availableReplicas"] == 3)
-        .await;
+    let deployment =
+        cluster.running_until(&format!("{DEPLOYMENTS}/web"), |web| web["status"]["availableReplicas"] == 3).await;
     assert_eq!(deployment["metadata"]["annotations"]["deployment.kubernetes.io/revision"], "1");
     let slice = cluster
         .eventually(SLICES, |list| list["items"][0]["endpoints"].as_array().is_some_and(|all| all.len() == 3))
@@ -179,10 +178,14 @@ async fn a_deployment_becomes_pods_endpoints_and_a_status_rolls_and_goes_with_al
         })
         .await;
 
-    cluster.merge(&format!("{DEPLOYMENTS}/web"), json!({"spec": {"template": {"metadata": {"labels": {"v": "2"}}}}})).await;
+    cluster
+        .merge(&format!("{DEPLOYMENTS}/web"), json!({"spec": {"template": {"metadata": {"labels": {"v": "2"}}}}}))
+        .await;
     let rolled = cluster
         .running_until(&format!("{DEPLOYMENTS}/web"), |web| {
-            web["status"]["updatedReplicas"] == 3 && web["status"]["replicas"] == 3 && web["status"]["availableReplicas"] == 3
+            web["status"]["updatedReplicas"] == 3
+                && web["status"]["replicas"] == 3
+                && web["status"]["availableReplicas"] == 3
         })
         .await;
     assert_eq!(rolled["metadata"]["annotations"]["deployment.kubernetes.io/revision"], "2");
@@ -198,7 +201,10 @@ async fn a_deployment_becomes_pods_endpoints_and_a_status_rolls_and_goes_with_al
 async fn orphaned_pods_stay_and_are_adopted_again() {
     let cluster = Cluster::start().await;
     let mut set = web(2, "a");
-    set["spec"].as_object_mut().unwrap().retain(|field, _| ["replicas", "selector", "template"].contains(&field.as_str()));
+    set["spec"]
+        .as_object_mut()
+        .unwrap()
+        .retain(|field, _| ["replicas", "selector", "template"].contains(&field.as_str()));
     cluster.post(SETS, set.clone()).await;
     cluster.running_until(&format!("{SETS}/web"), |set| set["status"]["readyReplicas"] == 2).await;
     let before: Vec<Value> = cluster.items(PODS).await.iter().map(|pod| pod["metadata"]["uid"].clone()).collect();
@@ -214,7 +220,9 @@ async fn orphaned_pods_stay_and_are_adopted_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_gets_its_account_and_ca_and_goes_with_its_content() {
     let cluster = Cluster::start().await;
-    cluster.post("/api/v1/namespaces", json!({"metadata": {"name": "team"}, "spec": {"finalizers": ["kubernetes"]}})).await;
+    cluster
+        .post("/api/v1/namespaces", json!({"metadata": {"name": "team"}, "spec": {"finalizers": ["kubernetes"]}}))
+        .await;
     cluster.eventually("/api/v1/namespaces/team/serviceaccounts/default", Value::is_object).await;
     let map = cluster.eventually("/api/v1/namespaces/team/configmaps/kube-root-ca.crt", Value::is_object).await;
     assert_eq!(map["data"]["ca.crt"], "PEM");
@@ -230,7 +238,10 @@ async fn fifty_pods_are_bound_at_once_and_what_does_not_fit_says_why() {
     cluster.eventually("/api/v1/namespaces/default/serviceaccounts/default", Value::is_object).await;
     let start = Instant::now();
     let mut set = web(50, "a");
-    set["spec"].as_object_mut().unwrap().retain(|field, _| ["replicas", "selector", "template"].contains(&field.as_str()));
+    set["spec"]
+        .as_object_mut()
+        .unwrap()
+        .retain(|field, _| ["replicas", "selector", "template"].contains(&field.as_str()));
     cluster.post(SETS, set).await;
     cluster
         .eventually(PODS, |pods| {

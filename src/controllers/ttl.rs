@@ -22,7 +22,14 @@ pub fn start(term: &Term) {
     let (queue, jobs) = (Arc::new(Queue::default()), term.informers.of(&JOBS));
     let subscriptions = vec![enqueue_self(&queue, &jobs)];
     let reconcile = Arc::new(Expired { api: term.api("ttl-after-finished-controller"), jobs: jobs.clone() });
-    term.start(Controller { name: "ttl-after-finished", queue, concurrency: 4, needs: vec![jobs], subscriptions, reconcile });
+    term.start(Controller {
+        name: "ttl-after-finished",
+        queue,
+        concurrency: 4,
+        needs: vec![jobs],
+        subscriptions,
+        reconcile,
+    });
 }
 
 struct Expired {
@@ -71,8 +78,11 @@ mod tests {
     #[test]
     fn only_an_ended_job_with_a_time_to_live_expires() {
         let job = |status: &str, ttl: Option<i32>| -> Job {
-            serde_json::from_value(json!({"spec": {"ttlSecondsAfterFinished": ttl, "template": {}}, "status": {"conditions": [
-                {"type": "Complete", "status": status, "lastTransitionTime": "1970-01-01T00:01:00Z"}]}})).unwrap()
+            serde_json::from_value(
+                json!({"spec": {"ttlSecondsAfterFinished": ttl, "template": {}}, "status": {"conditions": [
+                {"type": "Complete", "status": status, "lastTransitionTime": "1970-01-01T00:01:00Z"}]}}),
+            )
+            .unwrap()
         };
         assert_eq!(expires(&job("True", Some(5))), Some(65));
         assert_eq!((expires(&job("False", Some(5))), expires(&job("True", None))), (None, None));

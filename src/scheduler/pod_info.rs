@@ -422,11 +422,7 @@ pub fn limits(spec: &PodSpec) -> Resources {
 
 /// The larger of a pod's containers together and of what each step of its init needs. Sidecars (init containers that
 /// restart always) count with the containers and with every later step. What the pod says of itself goes before.
-fn total(
-    spec: &PodSpec,
-    of: fn(&Container) -> Resources,
-    pod_level: Option<&BTreeMap<String, Quantity>>,
-) -> Resources {
+fn total(spec: &PodSpec, of: fn(&Container) -> Resources, pod_level: Option<&BTreeMap<String, Quantity>>) -> Resources {
     let mut total = Resources::default();
     for container in &spec.containers {
         total.add(&of(container));

@@ -1,5 +1,6 @@
 //! Events: written by one task, repeated ones counted, floods held back as upstream does.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ pub enum EventType {
 struct Occurrence {
     object: ObjectReference,
     kind: EventType,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
     at: Timestamp,
 }
@@ -57,9 +58,18 @@ impl Recorder {
 
     /// An event about any object.
     pub fn record(&self, object: ObjectReference, kind: EventType, reason: &'static str, message: impl Into<String>) {
-        let event = Occurrence { object, kind, reason, message: message.into(), at: Timestamp::now() };
-        if self.sender.try_send(event).is_err() {
-            tracing::debug!(reason, "event dropped");
+        self.send(object, kind, Cow::Borrowed(reason), message.into());
+    }
+
+    /// A warning about a pod whose reason is only known at run time.
+    pub fn record_named(&self, pod: &Pod, reason: String, message: String) {
+        self.send(pod_reference(pod, None), EventType::Warning, Cow::Owned(reason), message);
+    }
+
+    fn send(&self, object: ObjectReference, kind: EventType, reason: Cow<'static, str>, message: String) {
+        let event = Occurrence { object, kind, reason, message, at: Timestamp::now() };
+        if let Err(error) = self.sender.try_send(event) {
+            tracing::debug!(%error, "event dropped");
         }
     }
 
@@ -96,7 +106,7 @@ struct Key {
     uid: String,
     field_path: String,
     kind: EventType,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     /// Empty once similar events are written as one.
     message: String,
 }
@@ -127,7 +137,7 @@ impl Correlator {
         }
         bucket.0 -= 1.0;
         let field_path = event.object.field_path.clone().unwrap_or_default();
-        let mut key = Key { uid, field_path, kind: event.kind, reason: event.reason, message: String::new() };
+        let mut key = Key { uid, field_path, kind: event.kind, reason: event.reason.clone(), message: String::new() };
         let similar = self.similar.entry(key.clone()).or_insert((0, now));
         if now.duration_since(similar.1) > SIMILAR_WINDOW {
             *similar = (0, now);
@@ -207,7 +217,7 @@ async fn write(
     let object = Event {
         metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace.clone()), ..ObjectMeta::default() },
         involved_object: event.object,
-        reason: Some(event.reason.to_owned()),
+        reason: Some(event.reason.into_owned()),
         message: Some(message),
         source: Some(EventSource { component: Some("kubelet".to_owned()), host: Some(node_name.to_owned()) }),
         first_timestamp: Some(at.clone()),
@@ -236,7 +246,7 @@ mod tests {
         Occurrence {
             object: ObjectReference { uid: Some("u".into()), ..ObjectReference::default() },
             kind: EventType::Warning,
-            reason: "Failed",
+            reason: Cow::Borrowed("Failed"),
             message: message.into(),
             at: Timestamp::UNIX_EPOCH,
         }

@@ -238,7 +238,12 @@ impl Manager {
         let host = &self.context.volumes;
         let keep: BTreeSet<String> = self.workers.keys().cloned().collect();
         let (pods, memory) = (host.pods_dir.clone(), host.memory_dir.clone());
-        let _ = tokio::task::spawn_blocking(move || clean_folders(&pods, &memory, &keep)).await;
+        let logs = self.context.config.agent_dir().join("logs/pods");
+        let clean = move || {
+            clean_folders(&pods, &memory, &keep);
+            clean_logs(&logs, &keep);
+        };
+        let _ = tokio::task::spawn_blocking(clean).await;
     }
 }
 
@@ -260,6 +265,19 @@ fn follow(mut watcher: Watcher, shutdown: CancellationToken) -> mpsc::Receiver<E
         }
     });
     receiver
+}
+
+/// Folders are named `<namespace>_<name>_<uid>`.
+fn clean_logs(logs: &Path, keep: &BTreeSet<String>) {
+    for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.rsplit('_').next().is_some_and(|uid| keep.contains(uid)) {
+            continue;
+        }
+        if let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            tracing::warn!(%error, name, "logs of a pod that is gone not removed");
+        }
+    }
 }
 
 fn clean_folders(pods: &Path, memory: &Path, keep: &BTreeSet<String>) {

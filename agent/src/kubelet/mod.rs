@@ -4,7 +4,8 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`node`], [`node_sync`], [`addresses`] | the Node object, its registration, status and lease |
-//! | [`manager`], [`static_pods`] | which pods there are: from the API, from files, from durable copies |
+//! | [`manager`], [`static_pods`], [`mirror`] | which pods there are: from the API, from files, from durable copies |
+//! | [`admission`] | pods that the node refuses (pure) |
 //! | [`worker`] | the task of one pod: observe, plan, act, report |
 //! | [`observed`], [`plan`] | what is known of a pod, and what to do next (pure) |
 //! | [`status`], [`conditions`], [`container_status`] | what the API is told (pure) |
@@ -30,6 +31,7 @@
 //! | object watch | followers of one ConfigMap or Secret | first volume that shows it | last one |
 
 pub mod addresses;
+pub mod admission;
 pub mod api;
 pub mod backoff;
 pub mod conditions;
@@ -47,6 +49,7 @@ pub mod hosts;
 pub mod http_get;
 pub mod labels;
 pub mod manager;
+pub mod mirror;
 pub mod node;
 pub mod node_sync;
 pub mod object_watch;

@@ -120,6 +120,37 @@ fn huge_pages() -> Vec<(String, i64)> {
     pages
 }
 
+/// What the machine is short of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// Less than 100 MiB of memory are available.
+    pub memory: bool,
+    /// Less than 5 % of the disk with the data directory are free.
+    pub disk: bool,
+    /// More than 9 of 10 process ids are taken.
+    pub pid: bool,
+}
+
+impl Pressure {
+    /// Asks the kernel; what it does not say is no pressure.
+    pub fn read(data_dir: &Path) -> Self {
+        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let meminfo = text("/proc/meminfo");
+        let available = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
+        let disk = nix::sys::statvfs::statvfs(data_dir);
+        let most: Option<u64> = text("/proc/sys/kernel/pid_max").trim().parse().ok();
+        let taken = text("/proc/loadavg");
+        let taken: Option<u64> = taken.split_whitespace().nth(3).and_then(|pair| pair.split_once('/')?.1.parse().ok());
+        Self {
+            memory: available.is_some_and(|kib| kib < 100 * 1024),
+            disk: disk.is_ok_and(|disk| disk.blocks_available() * 20 < disk.blocks()),
+            pid: most.zip(taken).is_some_and(|(most, taken)| taken * 10 > most * 9),
+        }
+    }
+}
+
 /// Everything a Node object follows from.
 pub struct Input<'a> {
     /// Configuration.
@@ -130,6 +161,8 @@ pub struct Input<'a> {
     pub ips: &'a [IpAddr],
     /// Whether the runtime and the network work.
     pub runtime: Result<RuntimeStatus, String>,
+    /// What the machine is short of.
+    pub pressure: Pressure,
     /// Images in the store.
     pub images: &'a [Image],
     /// The status as it was, for the times of its conditions.
@@ -209,11 +242,30 @@ fn conditions(input: &Input<'_>) -> Vec<NodeCondition> {
         Ok(message) => ("True", "KubeletReady", message),
         Err(message) => ("False", "KubeletNotReady", message),
     };
-    let own = |kind, reason: &str, message: &str| condition(input, kind, "False", reason, message.to_owned());
+    let short = |kind, is: bool, bad: [&str; 2], good: [&str; 2]| {
+        let [reason, message] = if is { bad } else { good };
+        condition(input, kind, if is { "True" } else { "False" }, reason, message.to_owned())
+    };
+    let pressure = input.pressure;
     vec![
-        own("MemoryPressure", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
-        own("DiskPressure", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
-        own("PIDPressure", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        short(
+            "MemoryPressure",
+            pressure.memory,
+            ["KubeletHasInsufficientMemory", "kubelet has insufficient memory available"],
+            ["KubeletHasSufficientMemory", "kubelet has sufficient memory available"],
+        ),
+        short(
+            "DiskPressure",
+            pressure.disk,
+            ["KubeletHasDiskPressure", "kubelet has disk pressure"],
+            ["KubeletHasNoDiskPressure", "kubelet has no disk pressure"],
+        ),
+        short(
+            "PIDPressure",
+            pressure.pid,
+            ["KubeletHasInsufficientPID", "kubelet has insufficient PID available"],
+            ["KubeletHasSufficientPID", "kubelet has sufficient PID available"],
+        ),
         condition(input, "Ready", ready, reason, message),
     ]
 }
@@ -259,6 +311,7 @@ mod tests {
             machine: &machine,
             ips: &[IpAddr::from([10, 0, 0, 1])],
             runtime: Ok(RuntimeStatus { runtime_ready: true, network_ready: false, message: "no range".into() }),
+            pressure: Pressure::default(),
             images: &[],
             old: None,
             now: api_time(SystemTime::UNIX_EPOCH),

@@ -16,14 +16,15 @@ use super::api::{ApiError, PatchType};
 use super::backoff::Jitter;
 use super::context::Context;
 use super::events::EventType;
-use super::node::{self, Machine};
+use super::node::{self, Machine, Pressure};
 use super::observed::api_time;
 
 const LEASE_PERIOD: Duration = Duration::from_secs(10);
 const LEASE_SECONDS: i32 = 40;
 const STATUS_PERIOD: Duration = Duration::from_secs(300);
-/// How often the runtime is asked while the node is not ready.
-const NOT_READY_PERIOD: Duration = Duration::from_millis(100);
+/// How soon and how seldom the runtime is asked while the node is not ready.
+const NOT_READY_FIRST: Duration = Duration::from_millis(50);
+const NOT_READY_LIMIT: Duration = Duration::from_secs(2);
 
 /// The node's task.
 pub struct NodeSync {
@@ -51,13 +52,15 @@ impl NodeSync {
             }
             self.tell("Starting", "Starting kubelet.");
             retry.reset();
+            let mut not_ready = Jitter::new(NOT_READY_FIRST, NOT_READY_LIMIT);
             loop {
                 let wait = match self.turn().await {
                     Ok(()) if self.is_ready() => {
                         retry.reset();
+                        not_ready.reset();
                         LEASE_PERIOD
                     }
-                    Ok(()) => NOT_READY_PERIOD,
+                    Ok(()) => not_ready.next(),
                     Err(error) if error.is_not_found() => {
                         // Somebody deleted the node: come back.
                         self.written_at = None;
@@ -101,6 +104,7 @@ impl NodeSync {
             machine: &self.machine,
             ips: &ips,
             runtime,
+            pressure: Pressure::read(&self.context.config.data_dir),
             images: &images,
             old: Some(&self.status),
             now: api_time(SystemTime::now()),

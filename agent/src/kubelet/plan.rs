@@ -2,6 +2,7 @@
 //!
 //! The rules are upstream's `computePodActions`; the worker carries the steps out in order and plans again.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -9,6 +10,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use super::backoff::{Backoffs, go_duration};
 use super::containers::{self, ContainerKind};
 use super::observed::{Observed, ProbeKind, ProbeResults, WaitReason, WaitReasons};
+use super::qos;
 use crate::runtime::{ContainerState, ContainerStatus};
 
 /// One thing to do.
@@ -36,6 +38,11 @@ pub enum Step {
         message: String,
         /// A failed probe may have a grace period of its own.
         cause: KillCause,
+    },
+    /// Bring the cgroups of the pod and of these running containers to what the specification says.
+    Resize {
+        /// (Container id, container name).
+        containers: Vec<(String, String)>,
     },
     /// Create and start one container.
     Start {
@@ -77,6 +84,8 @@ pub struct Input<'a> {
     pub probes: &'a ProbeResults,
     /// Restart delays by container name.
     pub backoffs: &'a Backoffs,
+    /// Containers that could not be started just now and are not to be tried yet.
+    pub held: &'a BTreeSet<String>,
     /// The clock.
     pub now: SystemTime,
 }
@@ -86,7 +95,7 @@ pub fn plan(input: &Input<'_>) -> Plan {
     if let Some(attempt) = input.observed.sandbox_change(input.pod) {
         return plan_new_sandbox(input, attempt);
     }
-    let mut draft = Draft { input, kills: Vec::new(), starts: Vec::new() };
+    let mut draft = Draft { input, kills: Vec::new(), resizes: Vec::new(), starts: Vec::new() };
     for found in containers::containers(input.pod) {
         if found.kind == ContainerKind::Ephemeral && input.observed.latest(&found.container.name).is_none() {
             draft.start(&found.container, ContainerKind::Ephemeral);
@@ -151,6 +160,7 @@ enum Progress {
 struct Draft<'a> {
     input: &'a Input<'a>,
     kills: Vec<Step>,
+    resizes: Vec<(String, String)>,
     starts: Vec<(Container, ContainerKind)>,
 }
 
@@ -211,11 +221,14 @@ impl Draft<'_> {
                             starts.push(index);
                         }
                     }
-                    if self.startup(container, status) == Startup::Done
-                        && let Some((message, cause)) = self.kill_reason(container, status, "Init container")
-                    {
-                        self.kill(status, message, cause);
-                        starts.push(index);
+                    if self.startup(container, status) == Startup::Done {
+                        match self.kill_reason(container, status, "Init container") {
+                            Some((message, cause)) => {
+                                self.kill(status, message, cause);
+                                starts.push(index);
+                            }
+                            None => self.resize(container, status),
+                        }
                     }
                 }
                 ContainerState::Running => {}
@@ -261,6 +274,7 @@ impl Draft<'_> {
             match status {
                 Some(status) if status.state == ContainerState::Running => {
                     let Some((message, cause)) = self.kill_reason(container, status, "Container") else {
+                        self.resize(container, status);
                         kept += 1;
                         continue;
                     };
@@ -296,6 +310,13 @@ impl Draft<'_> {
         kept == 0 && wanted == 0 && self.kills.is_empty()
     }
 
+    /// A running container whose limits are not those of the specification any more.
+    fn resize(&mut self, container: &Container, status: &ContainerStatus) {
+        if resized(self.input.pod, container, status) != Resized::default() {
+            self.resizes.push((status.id.clone(), container.name.clone()));
+        }
+    }
+
     fn startup(&self, container: &Container, status: &ContainerStatus) -> Startup {
         if container.startup_probe.is_none() {
             return Startup::Done;
@@ -314,6 +335,14 @@ impl Draft<'_> {
         if recorded.is_some_and(|recorded| *recorded != containers::hash(container)) {
             return Some((format!("{what} {name} definition changed"), KillCause::Other));
         }
+        let resized = resized(self.input.pod, container, status);
+        let policy = |resource: &str| {
+            let policies = container.resize_policy.iter().flatten();
+            policies.filter(|policy| policy.resource_name == resource).any(|it| it.restart_policy == "RestartContainer")
+        };
+        if (resized.cpu && policy("cpu")) || (resized.memory && policy("memory")) {
+            return Some((format!("{what} {name} resize requires restart"), KillCause::Other));
+        }
         for (kind, word) in [(ProbeKind::Liveness, "liveness"), (ProbeKind::Startup, "startup")] {
             if self.input.probes.get(&status.id, kind) == Some(false) {
                 return Some((format!("{what} {name} failed {word} probe"), KillCause::Probe(kind)));
@@ -325,8 +354,15 @@ impl Draft<'_> {
     /// Holds back what is in its restart delay; old dead containers go before a new one comes.
     fn finish(self) -> Plan {
         let mut plan = Plan { steps: self.kills, ..Plan::default() };
+        if !self.resizes.is_empty() {
+            plan.steps.push(Step::Resize { containers: self.resizes });
+        }
         let mut blocked = false;
         for (container, kind) in self.starts {
+            if self.input.held.contains(&container.name) {
+                blocked |= kind == ContainerKind::Init;
+                continue;
+            }
             let dead = self.input.observed.of(&container.name).find(|status| status.state == ContainerState::Exited);
             let since = dead.and_then(|status| status.finished_at.or(Some(status.created_at)));
             let waiting = since.and_then(|since| self.input.backoffs.waiting(&container.name, since, self.input.now));
@@ -356,6 +392,25 @@ impl Draft<'_> {
             plan.steps.push(Step::Start { name: container.name.clone(), kind });
         }
         plan
+    }
+}
+
+/// What of a running container's limits has changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Resized {
+    cpu: bool,
+    memory: bool,
+}
+
+fn resized(pod: &Pod, container: &Container, status: &ContainerStatus) -> Resized {
+    let wanted = qos::container_resources(pod, container, 0);
+    let actual = &status.resources;
+    // A runtime that does not say what it limits is left alone.
+    let differs = |wanted: Option<i64>, actual: Option<i64>| actual.is_some_and(|actual| Some(actual) != wanted);
+    let shares = actual.cpu_shares.is_some_and(|actual| Some(actual) != wanted.cpu_shares);
+    Resized {
+        cpu: shares || differs(wanted.cpu_quota, actual.cpu_quota),
+        memory: differs(wanted.memory_limit_in_bytes, actual.memory_limit_in_bytes),
     }
 }
 

@@ -54,6 +54,7 @@ struct World {
     observed: Observed,
     probes: ProbeResults,
     backoffs: Backoffs,
+    held: BTreeSet<String>,
     now: SystemTime,
 }
 
@@ -64,6 +65,7 @@ impl World {
             observed: Observed::new(vec![sandbox(0, true)], containers),
             probes: ProbeResults::default(),
             backoffs: Backoffs::default(),
+            held: BTreeSet::new(),
             now: at(100),
         }
     }
@@ -74,6 +76,7 @@ impl World {
             observed: &self.observed,
             probes: &self.probes,
             backoffs: &self.backoffs,
+            held: &self.held,
             now: self.now,
         })
     }
@@ -197,4 +200,28 @@ fn ephemeral_containers_start_once() {
     let steps = |containers| World::new(spec.clone(), containers).plan().steps;
     assert_eq!(steps(vec![container("c", 0, Running, 0)]), [start("e", ContainerKind::Ephemeral)]);
     assert_eq!(steps(vec![container("c", 0, Running, 0), container("e", 0, Exited, 1)]), []);
+}
+
+#[test]
+fn changed_limits_are_applied_in_place_unless_the_policy_asks_for_a_restart() {
+    let limited = |cpu: &str| json!({"name": "c", "resources": {"limits": {"cpu": cpu, "memory": "64Mi"}}});
+    let steps = |policy: &str| {
+        let before = pod(json!({"containers": [limited("1")]}));
+        let mut running = container("c", 0, Running, 0);
+        running.resources = qos::container_resources(&before, &before.spec.as_ref().unwrap().containers[0], 0);
+        let mut after = limited("2");
+        after["resizePolicy"] = json!([{"resourceName": "cpu", "restartPolicy": policy}]);
+        World::new(json!({"containers": [after]}), vec![running]).plan().steps
+    };
+    assert_eq!(steps("NotRequired"), [Step::Resize { containers: vec![("c-0".into(), "c".into())] }]);
+    let message = "Container c resize requires restart, will be restarted".to_owned();
+    let kill = Step::Kill { id: "c-0".into(), name: "c".into(), message, cause: KillCause::Other };
+    assert_eq!(steps("RestartContainer"), [kill, start("c", ContainerKind::Regular)]);
+}
+
+#[test]
+fn a_container_that_cannot_start_holds_up_only_itself() {
+    let mut world = World::new(json!({"containers": [{"name": "a"}, {"name": "b"}]}), vec![]);
+    world.held.insert("a".into());
+    assert_eq!(world.plan().steps, [start("b", ContainerKind::Regular)]);
 }

@@ -19,9 +19,9 @@ use super::files;
 use super::observed::{Observed, WaitReason};
 use super::plan::Step;
 use super::stop::{self, StopRequest};
-use super::{hooks, service_env};
+use super::{hooks, qos, service_env};
 use crate::image::{Image, ImageError, PullPolicy};
-use crate::runtime::RuntimeError;
+use crate::runtime::{LinuxContainerResources, RuntimeError};
 use crate::volume::{PodVolumes, subpath};
 
 /// What a worker lends to its steps and gets back.
@@ -38,17 +38,17 @@ pub struct Tools {
 /// What steps tell while they run.
 #[derive(Debug)]
 pub enum Progress {
-    /// A container could not be started, or could.
-    Container(String, Option<WaitReason>),
+    /// A container has started.
+    Started(String),
+    /// A container could not be started and is to be tried again after the delay.
+    Failed(String, WaitReason, Duration),
 }
 
 /// How a run of steps ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// All done: plan again at once.
+    /// All done or told: plan again at once.
     Complete,
-    /// A container could not be started: try again then.
-    RetryIn(Duration),
     /// The node failed (a volume, the sandbox): try again after a growing delay.
     Failed,
     /// The pod stops.
@@ -75,7 +75,6 @@ pub struct Run {
 impl Run {
     /// Carries out `steps`.
     pub async fn steps(&self, steps: Vec<Step>, tools: &mut Tools) -> Ended {
-        let mut retry: Option<Duration> = None;
         let mut blocked = false;
         for step in steps {
             if self.cancel.is_cancelled() {
@@ -92,14 +91,14 @@ impl Run {
                         () = self.cancel.cancelled() => return Ended::Cancelled,
                     }
                 }
+                Step::Resize { containers } => self.resize(&containers).await,
                 Step::Start { kind, .. } if blocked && kind != ContainerKind::Regular => continue,
                 Step::Start { name, kind } => match self.start(&name, kind, tools).await {
                     Ok(()) => Ok(()),
                     Err(StartError::Cancelled) => return Ended::Cancelled,
                     Err(StartError::Node) => Err(NodeFailure),
                     Err(StartError::Failed(failure)) => {
-                        let _ = self.progress.send(Progress::Container(name, Some(failure.waiting)));
-                        retry = Some(retry.map_or(failure.retry, |retry| retry.min(failure.retry)));
+                        let _ = self.progress.send(Progress::Failed(name, failure.waiting, failure.retry));
                         blocked |= kind == ContainerKind::Init;
                         continue;
                     }
@@ -109,7 +108,7 @@ impl Run {
                 return if self.cancel.is_cancelled() { Ended::Cancelled } else { Ended::Failed };
             }
         }
-        retry.map_or(Ended::Complete, Ended::RetryIn)
+        Ended::Complete
     }
 
     async fn stop_pod(&self) -> Result<(), NodeFailure> {
@@ -215,8 +214,36 @@ impl Run {
             return Err(Failure::new("RunContainerError", message).into());
         }
         self.context.recorder.container(&self.pod, name, EventType::Normal, "Started", "Container started");
-        let _ = self.progress.send(Progress::Container(name.to_owned(), None));
+        let _ = self.progress.send(Progress::Started(name.to_owned()));
         self.post_start(container, &id, &sandbox.1).await
+    }
+
+    /// The pod's own limits give way first and follow last, so that no order of changes is refused.
+    async fn resize(&self, ids: &[(String, String)]) -> Result<(), NodeFailure> {
+        let runtime = self.context.runtime.as_ref();
+        let Some(sandbox) = self.observed.ready_sandbox() else { return Ok(()) };
+        let wanted = qos::pod_resources(&self.pod);
+        let open = LinuxContainerResources {
+            cpu_quota: Some(-1),
+            memory_limit_in_bytes: Some(-1),
+            ..LinuxContainerResources::default()
+        };
+        let result = async {
+            runtime.update_pod_sandbox_resources(&sandbox.id, &open).await?;
+            for (id, name) in ids {
+                let Some(found) = containers::find(&self.pod, name) else { continue };
+                let mut resources = qos::container_resources(&self.pod, &found.container, self.context.memory);
+                resources.oom_score_adj = None;
+                resources.memory_swap_limit_in_bytes = resources.memory_limit_in_bytes;
+                runtime.update_container_resources(id, &resources).await?;
+            }
+            runtime.update_pod_sandbox_resources(&sandbox.id, &wanted).await
+        };
+        result.await.map_err(|error: RuntimeError| {
+            let message = format!("resize of pod failed: {error}");
+            self.context.recorder.pod(&self.pod, EventType::Warning, "ResizeError", message);
+            NodeFailure
+        })
     }
 
     async fn current_sandbox(&self) -> Result<(String, Vec<IpAddr>), StartError> {

@@ -6,7 +6,7 @@
 //! | `Stopping` | containers are ended with their grace | nothing runs and the sandbox has stopped |
 //! | `Stopped` | volumes are gone, the last status is written | the pod is gone from the API; then nothing is left |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,7 +28,7 @@ use super::probe::{Probes, Verdict};
 use super::status;
 use super::steps::{Ended, Progress, Run, Tools};
 use super::stop::{self, StopRequest};
-use super::{files, report};
+use super::{admission, files, mirror, report};
 use crate::runtime::{ContainerFilter, ContainerState, PodSandboxFilter, RuntimeError};
 use crate::volume::pod_volumes;
 
@@ -51,7 +51,7 @@ pub struct Published {
 }
 
 /// Where a worker publishes.
-pub type Board = Arc<RwLock<std::collections::BTreeMap<String, Published>>>;
+pub type Board = Arc<RwLock<BTreeMap<String, Published>>>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -105,7 +105,12 @@ pub struct Worker {
     copied: Option<Option<String>>,
     retry: Jitter,
     report_retry: Jitter,
+    /// The node failed: nothing is done before.
     act_at: Option<Instant>,
+    /// A restart delay ends.
+    plan_at: Option<Instant>,
+    /// When containers that could not be started are tried again.
+    not_before: BTreeMap<String, Instant>,
     report_at: Option<Instant>,
 }
 
@@ -157,6 +162,8 @@ impl Worker {
             retry: Jitter::new(Duration::from_millis(500), Duration::from_secs(120)),
             report_retry: Jitter::new(Duration::from_millis(200), Duration::from_secs(30)),
             act_at: None,
+            plan_at: None,
+            not_before: BTreeMap::new(),
             report_at: None,
             pod: wanted.pod,
             context,
@@ -166,6 +173,12 @@ impl Worker {
     /// Runs until nothing of the pod is left, or until the agent stops (the pod then goes on without it).
     pub async fn run(mut self) {
         self.accept_pod();
+        if self.stage == Stage::Running
+            && let Some((reason, message)) = admission::refuse(&self.pod)
+        {
+            self.context.recorder.record_named(&self.pod, reason.clone(), message.clone());
+            self.failed = Some((reason, message));
+        }
         let shutdown = self.shutdown.clone();
         loop {
             self.observe().await;
@@ -263,11 +276,15 @@ impl Worker {
 
     fn plan(&mut self) {
         let now = SystemTime::now();
+        let instant = Instant::now();
+        self.not_before.retain(|_, at| *at > instant);
+        let held: BTreeSet<String> = self.not_before.keys().cloned().collect();
         let input = plan::Input {
             pod: &self.pod,
             observed: &self.observed,
             probes: &self.probes.results,
             backoffs: &self.backoffs,
+            held: &held,
             now,
         };
         let plan = plan::plan(&input);
@@ -277,9 +294,7 @@ impl Worker {
             self.context.recorder.container(&self.pod, name, EventType::Warning, "BackOff", message);
         }
         self.held_back = plan.waiting;
-        if let Some(wake) = plan.wake {
-            self.act_at = Some(Instant::now() + wake);
-        }
+        self.plan_at = plan.wake.map(|wake| instant + wake);
         if plan.steps.is_empty() {
             self.refresh_volumes();
             return;
@@ -423,7 +438,7 @@ impl Worker {
         self.save_copy();
         let published = Published { pod: self.pod.clone(), status: Arc::new(self.status.clone()) };
         self.board.write().insert(containers::uid(&self.pod).to_owned(), published);
-        let may_write = self.report.is_none() && !self.removed && !self.deleted && !containers::is_static(&self.pod);
+        let may_write = self.report.is_none() && !self.removed && !self.deleted;
         if !may_write || self.report_at.is_some_and(|at| at > Instant::now()) {
             return;
         }
@@ -434,6 +449,12 @@ impl Worker {
         let (api, pod) = (self.context.api.clone(), self.pod.clone());
         let (old, new) = (self.reported.clone(), self.status.clone());
         self.in_report = new.clone();
+        if containers::is_static(&pod) {
+            let node = self.context.config.node_name.clone();
+            let show = async move { mirror::show(&api, &node, &pod, &new).await.map(|()| None) };
+            self.report = Some(Box::pin(show));
+            return;
+        }
         self.report = Some(Box::pin(async move { report::write(&api, &pod, &old, &new).await }));
     }
 
@@ -495,7 +516,9 @@ impl Worker {
         });
         let act = self.act_at.filter(|_| self.action.is_none());
         let report = self.report_at.filter(|_| self.report.is_none());
-        [renew, deadline, act, report].into_iter().flatten().min()
+        let idle = self.action.is_none() && self.stage == Stage::Running;
+        let plan = self.not_before.values().copied().chain(self.plan_at).min().filter(|_| idle);
+        [renew, deadline, act, report, plan].into_iter().flatten().min()
     }
 
     fn take_mail(&mut self) {
@@ -515,16 +538,22 @@ impl Worker {
         if changed {
             self.stale_volumes = true;
             self.act_at = None;
+            self.not_before.clear();
             self.accept_pod();
         }
     }
 
     fn note(&mut self, progress: Progress) {
-        let Progress::Container(name, reason) = progress;
-        match reason {
-            Some(reason) => self.waiting.insert(name, reason),
-            None => self.waiting.remove(&name),
-        };
+        match progress {
+            Progress::Started(name) => {
+                self.waiting.remove(&name);
+                self.not_before.remove(&name);
+            }
+            Progress::Failed(name, reason, delay) => {
+                self.not_before.insert(name.clone(), Instant::now() + delay);
+                self.waiting.insert(name, reason);
+            }
+        }
     }
 
     fn note_done(&mut self, done: Done) {
@@ -534,7 +563,6 @@ impl Worker {
                 self.tools = Some(tools);
                 match ended {
                     Ended::Complete => self.retry.reset(),
-                    Ended::RetryIn(delay) => self.act_at = Some(Instant::now() + delay),
                     Ended::Failed => self.act_at = Some(Instant::now() + self.retry.next()),
                     Ended::Cancelled => {}
                 }
@@ -564,7 +592,7 @@ impl Worker {
                     self.reported = pod.status.unwrap_or_default();
                 }
             }
-            Err(error) if error.is_not_found() || error.is_conflict() => {
+            Err(error) if (error.is_not_found() || error.is_conflict()) && !containers::is_static(&self.pod) => {
                 // Gone, or another pod of this name: the watch will say so, too.
                 self.deleted |= error.is_not_found();
                 self.removed |= error.is_not_found();
@@ -611,6 +639,11 @@ impl Worker {
             }
         });
         let _ = removed.await;
+        if containers::is_static(&self.pod)
+            && let Err(error) = mirror::remove(&self.context.api, &self.pod).await
+        {
+            tracing::debug!(%error, pod = containers::describe(&self.pod), "mirror pod not removed");
+        }
         self.board.write().remove(uid);
     }
 }

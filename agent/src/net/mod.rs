@@ -17,8 +17,10 @@
 //! | `feed` | one watch per collection for proxy and DNS |
 //! | [`names`] | names of links and tables, gateway addresses |
 //! | [`teardown`] | what `coracle uninstall` calls |
+//! | [`check`] | what the kernel must have |
 
 pub mod attach;
+pub mod check;
 pub mod config;
 mod feed;
 pub mod host;

@@ -75,7 +75,13 @@ impl Network {
         })
         .await?;
         let failed = |source| NetworkError::Kernel { step: "start the service proxy".into(), source };
-        let proxy = if parts.service_proxy { Some(proxy::start(&config).map_err(failed)?) } else { None };
+        let proxy = if parts.service_proxy {
+            let (health, followed) = watch::channel(Default::default());
+            tokio::spawn(proxy::health::serve(followed));
+            Some(proxy::start(&config, health).map_err(failed)?)
+        } else {
+            None
+        };
         follow_services(&config, parts, proxy.as_ref(), &client, shutdown);
         let network = Self::assemble(config, facts, ipam, proxy);
         network.announce_all();

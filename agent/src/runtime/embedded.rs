@@ -463,6 +463,14 @@ impl Runtime for Embedded {
         Box::pin(self.update_resources(container_id, resources))
     }
 
+    fn update_pod_sandbox_resources<'a>(
+        &'a self,
+        sandbox_id: &'a str,
+        resources: &'a LinuxContainerResources,
+    ) -> BoxFuture<'a, RuntimeResult<()>> {
+        Box::pin(std::future::ready(self.limit_pod(sandbox_id, resources)))
+    }
+
     fn reopen_container_log<'a>(&'a self, container_id: &'a str) -> BoxFuture<'a, RuntimeResult<()>> {
         Box::pin(self.reopen_log(container_id))
     }

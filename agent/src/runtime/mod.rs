@@ -146,6 +146,13 @@ pub trait Runtime: Send + Sync + 'static {
         resources: &'a LinuxContainerResources,
     ) -> BoxFuture<'a, RuntimeResult<()>>;
 
+    /// Changes the limits of the pod's cgroup as a whole; `None` fields stay as they are.
+    fn update_pod_sandbox_resources<'a>(
+        &'a self,
+        sandbox_id: &'a str,
+        resources: &'a LinuxContainerResources,
+    ) -> BoxFuture<'a, RuntimeResult<()>>;
+
     /// Opens the log file anew after somebody else has rotated it away.
     fn reopen_container_log<'a>(&'a self, container_id: &'a str) -> BoxFuture<'a, RuntimeResult<()>>;
 

@@ -12,7 +12,9 @@ use tokio::sync::mpsc;
 use super::embedded::{Embedded, Sandbox, end_of_orphan, no_sandbox, step, unmount};
 use super::record::{self, SandboxRecord};
 use super::shim::Shim;
-use super::{ContainerEventKind, NamespaceMode, PodSandboxConfig, RuntimeError, RuntimeResult};
+use super::{
+    ContainerEventKind, LinuxContainerResources, NamespaceMode, PodSandboxConfig, RuntimeError, RuntimeResult,
+};
 use crate::net::{self, HostPort, PodNetworkRequest};
 
 /// Size of a pod's `/dev/shm`, as containerd has it.
@@ -135,6 +137,16 @@ impl Embedded {
             cgroup_procs: self.inner.cgroups.procs(&format!("{}/shims", self.inner.options.cgroup)),
             init_cgroup_procs,
         })
+    }
+
+    /// New limits for the pod as a whole.
+    pub(super) fn limit_pod(&self, id: &str, resources: &LinuxContainerResources) -> RuntimeResult<()> {
+        let cgroup = {
+            let state = self.inner.state.lock();
+            let sandbox = state.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
+            sandbox.record.config.linux.cgroup_parent.clone()
+        };
+        self.inner.cgroups.apply(&cgroup, resources).map_err(step("limit the pod"))
     }
 
     pub(super) async fn stop_sandbox(&self, id: &str) -> RuntimeResult<()> {

@@ -272,8 +272,13 @@ impl<'a> Check<'a> {
         let mut hosts: BTreeSet<&str> = BTreeSet::new();
         let mut names = self.bad(|c| {
             let lifecycle = &c["lifecycle"];
-            let handlers =
-                [&c["livenessProbe"], &c["readinessProbe"], &c["startupProbe"], &lifecycle["postStart"], &lifecycle["preStop"]];
+            let handlers = [
+                &c["livenessProbe"],
+                &c["readinessProbe"],
+                &c["startupProbe"],
+                &lifecycle["postStart"],
+                &lifecycle["preStop"],
+            ];
             let before = hosts.len();
             let mut any = false;
             for handler in handlers {
@@ -357,10 +362,7 @@ impl<'a> Check<'a> {
         if role {
             what.push("role may not be set".to_owned());
         }
-        problem(
-            "seLinuxOptions",
-            format!("{who} set forbidden securityContext.seLinuxOptions: {}", what.join("; ")),
-        )
+        problem("seLinuxOptions", format!("{who} set forbidden securityContext.seLinuxOptions: {}", what.join("; ")))
     }
 
     fn seccomp_baseline(&self) -> Found {
@@ -372,16 +374,20 @@ impl<'a> Check<'a> {
         let pod = bad(&self.spec["securityContext"]);
         let names = self.bad(|c| bad(&c["securityContext"]));
         let who = setters(pod, &names)?;
-        problem("seccompProfile", format!("{who} must not set securityContext.seccompProfile.type to {}", quoted(kinds)))
+        problem(
+            "seccompProfile",
+            format!("{who} must not set securityContext.seccompProfile.type to {}", quoted(kinds)),
+        )
     }
 
     fn seccomp_annotations(&self) -> Found {
-        let valid = |value: &str| {
-            matches!(value, "runtime/default" | "docker/default") || value.starts_with("localhost/")
-        };
+        let valid =
+            |value: &str| matches!(value, "runtime/default" | "docker/default") || value.starts_with("localhost/");
         let mine = |key: &str| {
             key == SECCOMP_POD
-                || key.strip_prefix(SECCOMP_CONTAINER).is_some_and(|name| containers(self.spec).any(|c| c["name"] == name))
+                || key
+                    .strip_prefix(SECCOMP_CONTAINER)
+                    .is_some_and(|name| containers(self.spec).any(|c| c["name"] == name))
         };
         let found: BTreeSet<String> = self
             .annotations()
@@ -576,7 +582,10 @@ mod tests {
         for (spec, expected) in [
             (json!({ "hostNetwork": true, "hostPID": true }), "host namespaces (hostNetwork=true, hostPID=true)"),
             (json!({ "volumes": [{ "name": "v", "hostPath": { "path": "/" } }] }), "hostPath volumes (volume \"v\")"),
-            (context(json!({ "privileged": true })), "privileged (container \"c\" must not set securityContext.privileged=true)"),
+            (
+                context(json!({ "privileged": true })),
+                "privileged (container \"c\" must not set securityContext.privileged=true)",
+            ),
             (
                 context(json!({ "capabilities": { "add": ["SYS_ADMIN", "CHOWN"] } })),
                 "non-default capabilities (container \"c\" must not include \"SYS_ADMIN\" in securityContext.capabilities.add)",

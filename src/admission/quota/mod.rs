@@ -72,10 +72,9 @@ fn plan<'a>(evaluator: &Evaluator, request: &Request<'_>, rows: &'a [KeyValue]) 
         if counted.iter().any(|resource| !used.contains_key(*resource)) {
             let mut names: Vec<&str> = counted.iter().map(|resource| resource.as_str()).collect();
             names.sort_unstable();
-            return Err(request.forbidden(format_args!(
-                "status unknown for quota: {name}, resources: {}",
-                names.join(",")
-            )));
+            return Err(
+                request.forbidden(format_args!("status unknown for quota: {name}, resources: {}", names.join(",")))
+            );
         }
         let before = request.old.filter(|old| request.updates() && evaluator.in_scope(&quota["spec"], old));
         let more = delta(&asked, before.map(|old| evaluator.usage(old)), &hard);
@@ -84,7 +83,8 @@ fn plan<'a>(evaluator: &Evaluator, request: &Request<'_>, rows: &'a [KeyValue]) 
         }
         let mut total = used.clone();
         add(&mut total, &more);
-        let exceeded: Vec<&String> = more.keys().filter(|resource| total.get(*resource) > hard.get(*resource)).collect();
+        let exceeded: Vec<&String> =
+            more.keys().filter(|resource| total.get(*resource) > hard.get(*resource)).collect();
         if !exceeded.is_empty() {
             let show = |list: &ResourceList| {
                 let entry = |resource: &&String| Some(format!("{resource}={}", list.get(*resource)?));
@@ -150,12 +150,17 @@ mod tests {
         let admission = Admission::new(backend.clone(), Authorizer::new(backend.store().clone()));
         let world = &*admission.world;
         let hard = json!({ "pods": "2", "requests.cpu": "1" });
-        put(&backend, json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "q", "namespace": "a" },
-            "spec": { "hard": hard }, "status": { "hard": hard, "used": { "pods": "0", "requests.cpu": "0" } } }))
+        put(
+            &backend,
+            json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "q", "namespace": "a" },
+            "spec": { "hard": hard }, "status": { "hard": hard, "used": { "pods": "0", "requests.cpu": "0" } } }),
+        )
         .await;
         let identity = Identity::in_process("x", &[]);
-        let pod = |cpu: Value| json!({ "metadata": { "name": "p" }, "spec": { "containers": [
-            { "name": "c", "resources": { "requests": cpu } }] } });
+        let pod = |cpu: Value| {
+            json!({ "metadata": { "name": "p" }, "spec": { "containers": [
+            { "name": "c", "resources": { "requests": cpu } }] } })
+        };
         let ask = async |mut object: Value| {
             let request = Request {
                 identity: &identity,

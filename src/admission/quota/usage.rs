@@ -81,9 +81,9 @@ impl Evaluator {
             Kind::Pod => {
                 POD.contains(&resource)
                     || resource.starts_with("hugepages-")
-                    || resource.strip_prefix("requests.").is_some_and(|name| {
-                        name.starts_with("hugepages-") || (name.contains('/') && !is_native(name))
-                    })
+                    || resource
+                        .strip_prefix("requests.")
+                        .is_some_and(|name| name.starts_with("hugepages-") || (name.contains('/') && !is_native(name)))
             }
             Kind::Service => matches!(resource, "services" | "services.nodeports" | "services.loadbalancers"),
             Kind::Claim => {
@@ -141,9 +141,8 @@ impl Evaluator {
 
     /// Whether all scopes of the quota take in the object.
     pub fn in_scope(&self, quota_spec: &Value, object: &Value) -> bool {
-        let named = items(&quota_spec["scopes"]).all(|scope| {
-            self.matches_scope(scope.as_str().unwrap_or(""), "Exists", &[], object)
-        });
+        let named = items(&quota_spec["scopes"])
+            .all(|scope| self.matches_scope(scope.as_str().unwrap_or(""), "Exists", &[], object));
         named
             && items(&quota_spec["scopeSelector"]["matchExpressions"]).all(|expression| {
                 let values: Vec<&str> = items(&expression["values"]).filter_map(Value::as_str).collect();
@@ -284,7 +283,8 @@ mod tests {
             show(evaluator(Kind::Service, "count/services").usage(&service)),
             "count/services=1 services=1 services.loadbalancers=1 services.nodeports=2"
         );
-        let claim = json!({ "spec": { "storageClassName": "fast", "resources": { "requests": { "storage": "1Gi" } } } });
+        let claim =
+            json!({ "spec": { "storageClassName": "fast", "resources": { "requests": { "storage": "1Gi" } } } });
         assert_eq!(
             show(evaluator(Kind::Claim, "count/persistentvolumeclaims").usage(&claim)),
             "count/persistentvolumeclaims=1 fast.storageclass.storage.k8s.io/persistentvolumeclaims=1 \

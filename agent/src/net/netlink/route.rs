@@ -169,6 +169,15 @@ impl Batch {
         });
     }
 
+    /// Makes a link of a kind without parameters.
+    pub fn add_link_of_kind(&mut self, name: &str, kind: &str) {
+        self.push("create a link of that kind", &[], RTM_NEWLINK, CREATE | EXCL | ACK, |message| {
+            link_header(message, 0, 0, 0);
+            message.attr_str(IFLA_IFNAME, name);
+            message.nest(IFLA_LINKINFO, |info| info.attr_str(IFLA_INFO_KIND, kind));
+        });
+    }
+
     /// Sets a link's alias (a kernel that ignores it at creation takes it here).
     pub fn set_alias(&mut self, index: u32, alias: &str) {
         self.push("name the link's owner", &[], RTM_SETLINK, ACK, |message| {

@@ -10,7 +10,7 @@ use super::super::nft::expr::{Address, Expr};
 use super::super::nft::{ElementData, Family};
 use super::super::netlink::route::octets;
 use super::model::{Endpoint, Key, Service, ServicePort, Slice};
-use super::tables::{Balancer, Map, address_registers, mark_for_masquerade};
+use super::tables::{Balancer, Map, address_registers, mark_for_masquerade, within};
 
 /// Where an element lives, and its key in register layout.
 pub type ElementKey = (Family, Map, Vec<u8>);
@@ -188,7 +188,12 @@ pub fn contribution<'a>(
                         }
                         continue;
                     }
-                    At::External(_) => (Balancer::External, Balancer::LocalExternal),
+                    At::External(ip) => {
+                        if service.load_balancer_ips.contains(&ip) && !service.source_ranges.is_empty() {
+                            builder.firewall(&frontend);
+                        }
+                        (Balancer::External, Balancer::LocalExternal)
+                    }
                     At::Node(_) => (Balancer::NodePort, Balancer::LocalNodePort),
                 };
                 builder.frontend(&frontend, balancer, &cluster);
@@ -232,6 +237,24 @@ impl Builder<'_> {
         self.out.elements.insert((self.family, map, key), ElementData::Goto(balancer.chain(count)));
     }
 
+    /// `loadBalancerSourceRanges`.
+    fn firewall(&mut self, frontend: &Frontend) {
+        let chain = format!("firewall-{}", self.hash(""));
+        let own = self.service.source_ranges.iter().filter(|range| Family::of(range.addr()) == self.family);
+        let mut rules: Vec<Vec<Expr>> =
+            own.map(|range| [within(Address::Source, *range, true), vec![Expr::Accept]].concat()).collect();
+        rules.push(vec![Expr::Drop]);
+        self.out.chains.insert((self.family, chain.clone()), rules);
+        self.out.elements.insert((self.family, Map::Firewall, frontend.key()), ElementData::Goto(chain));
+    }
+
+    /// Names chains and sets of the Service's port.
+    fn hash(&self, more: &str) -> String {
+        let text = format!("{}:{}:{:?}{more}", self.key, self.port.name, self.port.protocol);
+        let digest = Sha256::digest(text);
+        digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// With `internalTrafficPolicy: Local` and endpoints on other nodes only: dropped, not refused.
     fn silence(&mut self, frontend: &Frontend) {
         self.out.elements.insert((self.family, Map::Services, frontend.key()), ElementData::Drop);
@@ -257,19 +280,12 @@ impl Builder<'_> {
             }
             Balancer::LocalExternal | Balancer::LocalNodePort => "local",
         };
-        let name = |endpoint: Option<&(IpAddr, u16)>| {
-            let mut hash = Sha256::new();
-            hash.update(format!("{}:{}:{:?}:{scope}", self.key, self.port.name, self.port.protocol));
-            if let Some((ip, port)) = endpoint {
-                hash.update(format!(":{ip}:{port}"));
-            }
-            let digest = hash.finalize();
-            digest[..6].iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-        };
-        let service_chain = format!("affinity-{}", name(None));
+        let of_service = self.hash(&format!(":{scope}"));
+        let of_endpoint = |(ip, port): &(IpAddr, u16)| self.hash(&format!(":{scope}:{ip}:{port}"));
+        let ids: Vec<String> = endpoints.iter().map(of_endpoint).collect();
+        let service_chain = format!("affinity-{of_service}");
         let mut rules = Vec::new();
-        for endpoint in endpoints {
-            let id = name(Some(endpoint));
+        for (endpoint, id) in endpoints.iter().zip(&ids) {
             let (chain, set) = (format!("endpoint-{id}"), format!("clients-{id}"));
             let client = Expr::Address(Address::Source, 0);
             rules.push(vec![client.clone(), Expr::InSet(0, set.clone()), Expr::Goto(chain.clone())]);
@@ -286,8 +302,8 @@ impl Builder<'_> {
             self.out.chains.insert((self.family, chain), steps);
         }
         // A new client: the first endpoint with chance 1/n, the next with 1/(n-1), …
-        for (left, endpoint) in (1..=endpoints.len()).rev().zip(endpoints) {
-            let goto = Expr::Goto(format!("endpoint-{}", name(Some(endpoint))));
+        for (left, id) in (1..=ids.len()).rev().zip(&ids) {
+            let goto = Expr::Goto(format!("endpoint-{id}"));
             let rule = if left == 1 {
                 vec![goto]
             } else {
@@ -299,7 +315,7 @@ impl Builder<'_> {
         if !balancer.masquerades() {
             return service_chain;
         }
-        let external = format!("affinity-external-{}", name(None));
+        let external = format!("affinity-external-{of_service}");
         let steps = vec![mark_for_masquerade(), vec![Expr::Goto(service_chain)]];
         self.out.chains.insert((self.family, external.clone()), steps);
         external

@@ -6,13 +6,16 @@
 //! | [`desired`] | what one Service wants in the kernel (pure) |
 //! | [`plan`] | the state of all, and the difference to the kernel's (pure) |
 //! | [`tables`] | the fixed maps, chains and rules |
+//! | [`health`] | `healthCheckNodePort` |
 //! | [`kernel`] | transactions on the tables of this instance |
 //!
 //! | task | owns | lives |
 //! | --- | --- | --- |
 //! | thread `service-proxy` | plan and netlink socket | until every sender is gone |
+//! | task | listeners for health checks | as long as the thread |
 
 pub mod desired;
+pub mod health;
 pub mod kernel;
 pub mod model;
 pub mod plan;
@@ -54,7 +57,10 @@ pub(super) enum Input {
 
 /// Starts the proxy's thread; it ends when the sender is gone. Nothing changes in a table from before until all
 /// Services and EndpointSlices were listed.
-pub(super) fn start(config: &NetworkConfig) -> std::io::Result<Sender<Input>> {
+pub(super) fn start(
+    config: &NetworkConfig,
+    health: tokio::sync::watch::Sender<health::Health>,
+) -> std::io::Result<Sender<Input>> {
     let (sender, receiver) = channel();
     let kernel = Kernel::open(super::names::table(&config.instance_id), settings(config))?;
     let facts = NodeFacts { families: families(config), cluster_dns: config.cluster_dns.clone() };
@@ -66,6 +72,7 @@ pub(super) fn start(config: &NetworkConfig) -> std::io::Result<Sender<Input>> {
         listed: Listed::default(),
         built: false,
         barriers: Vec::new(),
+        health,
         refused: None,
     };
     std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run())?;
@@ -111,6 +118,8 @@ struct Worker {
     /// The kernel holds what the plan says.
     built: bool,
     barriers: Vec<Sender<Option<String>>>,
+    /// Followed by the task that answers load balancers.
+    health: tokio::sync::watch::Sender<health::Health>,
     /// Why the kernel does not hold what the plan says.
     refused: Option<String>,
 }
@@ -257,6 +266,8 @@ impl Worker {
             self.refused = None;
             self.built = true;
         }
+        let health = self.plan.health();
+        self.health.send_if_modified(|known| (*known != health).then(|| *known = health).is_some());
         match self.kernel.forget_datagrams(&diff) {
             Ok(flows) => {
                 let (added, removed) = diff.counts();

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::super::Protocol;
@@ -28,6 +29,12 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs` and the addresses of `status.loadBalancer`.
     pub external_ips: Vec<IpAddr>,
+    /// The addresses of `status.loadBalancer` alone.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`: who may use the load balancer's addresses, everybody when empty.
+    pub source_ranges: Vec<IpNet>,
+    /// `spec.healthCheckNodePort`, with `externalTrafficPolicy: Local`.
+    pub health_port: Option<u16>,
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
     /// Seconds that a client stays with its endpoint, with `sessionAffinity: ClientIP`.
@@ -119,6 +126,8 @@ struct RawSpec {
     session_affinity_config: RawAffinity,
     internal_traffic_policy: String,
     external_traffic_policy: String,
+    load_balancer_source_ranges: Option<Vec<String>>,
+    health_check_node_port: u16,
 }
 
 #[derive(Deserialize, Default)]
@@ -166,6 +175,8 @@ struct RawIngress {
 
 /// `DEFAULT_CLIENT_IP_SERVICE_AFFINITY_SECONDS` of upstream.
 const AFFINITY_SECONDS: u32 = 10_800;
+/// A range that holds no sender.
+const NOBODY: IpNet = IpNet::V4(ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::BROADCAST, 32));
 const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -188,11 +199,13 @@ impl Service {
             return Ok(None);
         }
         let mut external_ips = ips(raw.spec.external_ips);
+        let mut load_balancer_ips: Vec<IpAddr> = Vec::new();
         if raw.spec.kind == "LoadBalancer" {
             let ingress = raw.status.load_balancer.ingress.unwrap_or_default();
             let answered_here = ingress.iter().filter(|ingress| ingress.mode.as_deref() != Some("Proxy"));
-            external_ips.extend(answered_here.filter_map(|ingress| ingress.ip.parse::<IpAddr>().ok()));
+            load_balancer_ips.extend(answered_here.filter_map(|ingress| ingress.ip.parse::<IpAddr>().ok()));
         }
+        external_ips.extend(&load_balancer_ips);
         external_ips.sort_unstable();
         external_ips.dedup();
         let ports = raw.spec.ports.unwrap_or_default().into_iter().map(|port| ServicePort {
@@ -203,13 +216,21 @@ impl Service {
         });
         let affinity = (raw.spec.session_affinity == "ClientIP")
             .then(|| raw.spec.session_affinity_config.client_ip.timeout_seconds.unwrap_or(AFFINITY_SECONDS));
+        let external_local = raw.spec.external_traffic_policy == "Local";
+        // A range that cannot be read admits nobody: the list is not taken to be empty.
+        let source_ranges = raw.spec.load_balancer_source_ranges.unwrap_or_default();
+        let source_ranges = source_ranges.iter().map(|text| text.trim().parse().unwrap_or(NOBODY)).collect();
         Ok(Some(Self {
             cluster_ips,
             external_ips,
+            load_balancer_ips,
+            source_ranges,
+            health_port: (external_local && raw.spec.health_check_node_port != 0)
+                .then_some(raw.spec.health_check_node_port),
             ports: ports.collect(),
             affinity,
             internal_local: raw.spec.internal_traffic_policy == "Local",
-            external_local: raw.spec.external_traffic_policy == "Local",
+            external_local,
         }))
     }
 }

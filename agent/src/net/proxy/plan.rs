@@ -10,6 +10,7 @@ use super::desired::{
     At, Contribution, ElementKey, Frontend, NodeFacts, address_key, contribution, endpoints_of, frontends, port_key,
     target, usable,
 };
+use super::health::Health;
 use super::model::{Key, Service, Slice};
 use super::tables::{Balancer, Map};
 
@@ -113,6 +114,22 @@ impl Plan {
     /// All known Services.
     pub fn service_keys(&self) -> Vec<Key> {
         self.services.keys().cloned().collect()
+    }
+
+    /// Services whose endpoints on this node load balancers ask for.
+    pub fn health(&self) -> Health {
+        let asked = self.services.iter().filter_map(|(key, service)| Some((key, service, service.health_port?)));
+        let health = asked.map(|(key, service, port)| {
+            let endpoints: BTreeSet<(IpAddr, u16)> = service
+                .ports
+                .iter()
+                .flat_map(|port| self.node.families.iter().map(move |family| (port, *family)))
+                .flat_map(|(port, family)| usable(&endpoints_of(port, family, self.slices_of(key)), true))
+                .collect();
+            let ips: BTreeSet<IpAddr> = endpoints.into_iter().map(|(ip, _)| ip).collect();
+            (port, (key.clone(), ips.len()))
+        });
+        health.collect()
     }
 
     /// All known EndpointSlices.

@@ -44,13 +44,15 @@ pub enum Map {
     NoEndpoints,
     /// Node ports without endpoint.
     NoEndpointNodePorts,
+    /// Load balancers' addresses that not everybody may use.
+    Firewall,
 }
 
 use KeyType::{Address as Addr, Mark, Port, Protocol as Proto};
 
 impl Map {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Services,
         Self::Endpoints,
         Self::NodePorts,
@@ -64,6 +66,7 @@ impl Map {
         Self::Hairpin,
         Self::NoEndpoints,
         Self::NoEndpointNodePorts,
+        Self::Firewall,
     ];
 
     /// Its name in the kernel.
@@ -82,19 +85,26 @@ impl Map {
             Self::Hairpin => "hairpin",
             Self::NoEndpoints => "no-endpoints",
             Self::NoEndpointNodePorts => "no-endpoint-nodeports",
+            Self::Firewall => "firewall",
         }
     }
 
     fn spec(self) -> SetSpec {
         let key: &[KeyType] = match self {
-            Self::Services | Self::LocalServices | Self::NoEndpoints | Self::HostPortsByAddress => &[Addr, Proto, Port],
+            Self::Services
+            | Self::LocalServices
+            | Self::NoEndpoints
+            | Self::HostPortsByAddress
+            | Self::Firewall => &[Addr, Proto, Port],
             Self::Endpoints | Self::LocalEndpoints => &[Addr, Proto, Port, Mark],
             Self::NodePorts | Self::LocalNodePorts | Self::NoEndpointNodePorts | Self::HostPorts => &[Proto, Port],
             Self::NodePortEndpoints | Self::LocalNodePortEndpoints => &[Proto, Port, Mark],
             Self::Hairpin => &[Addr, Addr],
         };
         let data = match self {
-            Self::Services | Self::LocalServices | Self::NodePorts | Self::LocalNodePorts => SetData::Verdict,
+            Self::Services | Self::LocalServices | Self::NodePorts | Self::LocalNodePorts | Self::Firewall => {
+                SetData::Verdict
+            }
             Self::NoEndpoints | Self::NoEndpointNodePorts | Self::Hairpin => SetData::None,
             _ => SetData::Value(&[Addr, Port]),
         };
@@ -223,15 +233,6 @@ impl Settings {
         super::super::netlink::route::octets(self.node_ip.filter(|ip| !ip.is_loopback()).unwrap_or(gateway))
     }
 
-    /// Tests that an address is in, or not in, a range.
-    fn within(&self, which: Address, range: IpNet, inside: bool) -> Vec<Expr> {
-        let octets = super::super::netlink::route::octets;
-        let (mask, network) = (octets(range.netmask()), octets(range.network()));
-        let flip = vec![0; mask.len()];
-        let test = if inside { Expr::Equal(0, network) } else { Expr::NotEqual(0, network) };
-        vec![Expr::Address(which, 0), Expr::Bitwise(0, mask, flip), test]
-    }
-
     /// Adds maps, base chains and their rules.
     pub fn write(&self, transaction: &mut Transaction) {
         let family = self.family;
@@ -240,6 +241,7 @@ impl Settings {
         }
         for (name, kind, number, priority) in [
             ("guard", "filter", NF_PREROUTING, -300),
+            ("firewall-check", "filter", NF_PREROUTING, -110),
             ("prerouting", "nat", NF_PREROUTING, -100),
             ("output", "nat", NF_OUTPUT, -100),
             ("postrouting", "nat", NF_POSTROUTING, 100),
@@ -264,6 +266,7 @@ impl Settings {
     fn rules(&self) -> Vec<(&'static str, Vec<Vec<Expr>>)> {
         vec![
             ("guard", self.guard()),
+            ("firewall-check", self.firewall()),
             ("prerouting", self.prerouting()),
             ("local-policy", self.local_policy()),
             ("output", vec![vec![Expr::Jump("services".into())]]),
@@ -283,8 +286,16 @@ impl Settings {
             return Vec::new();
         }
         let mut rule = from_pod(true);
-        rule.extend(self.within(Address::Destination, LOOPBACK, true));
+        rule.extend(within(Address::Destination, LOOPBACK, true));
         rule.push(Expr::Drop);
+        vec![rule]
+    }
+
+    /// Before the destination is rewritten: `loadBalancerSourceRanges`.
+    fn firewall(&self) -> Vec<Vec<Expr>> {
+        let mut rule = state(STATE_NEW);
+        rule.extend(address_key(self.family).0);
+        rule.push(Expr::VerdictMap(0, Map::Firewall.name().into()));
         vec![rule]
     }
 
@@ -292,7 +303,7 @@ impl Settings {
     fn prerouting(&self) -> Vec<Vec<Expr>> {
         let mut outside = from_pod(false);
         if let Some(cidr) = self.cluster_cidr {
-            outside.extend(self.within(Address::Source, cidr, false));
+            outside.extend(within(Address::Source, cidr, false));
         }
         outside.push(Expr::Jump("local-policy".into()));
         vec![outside, vec![Expr::Jump("services".into())]]
@@ -346,22 +357,22 @@ impl Settings {
         let mut rules = vec![hairpin];
         if family == Family::Ip {
             let mut loopback = to_pod(true);
-            loopback.extend(self.within(Address::Source, LOOPBACK, true));
+            loopback.extend(within(Address::Source, LOOPBACK, true));
             loopback.extend(stand_in());
             rules.push(loopback);
         }
         rules.push([to_pod(true), vec![Expr::Return]].concat());
         rules.push(vec![Expr::OutName(0), Expr::Equal(0, b"lo\0".to_vec()), Expr::Return]);
         if let Some(cidr) = self.cluster_cidr {
-            let mut inside = self.within(Address::Source, cidr, true);
-            inside.extend(self.within(Address::Destination, cidr, true));
+            let mut inside = within(Address::Source, cidr, true);
+            inside.extend(within(Address::Destination, cidr, true));
             inside.push(Expr::Return);
             rules.push(inside);
             let multicast = if family == Family::Ip { MULTICAST_V4 } else { MULTICAST_V6 };
-            let mut many = self.within(Address::Destination, multicast, true);
+            let mut many = within(Address::Destination, multicast, true);
             many.push(Expr::Return);
             rules.push(many);
-            let mut leaving = self.within(Address::Source, cidr, true);
+            let mut leaving = within(Address::Source, cidr, true);
             leaving.push(Expr::Masquerade);
             rules.push(leaving);
         }
@@ -389,7 +400,7 @@ impl Settings {
         let mut rules = Vec::new();
         if let Some(cidr) = self.service_cidr {
             let mut rule = state(STATE_NEW);
-            rule.extend(self.within(Address::Destination, cidr, true));
+            rule.extend(within(Address::Destination, cidr, true));
             if let Some(ip) = except {
                 rule.push(Expr::Address(Address::Destination, 0));
                 rule.push(Expr::NotEqual(0, super::super::netlink::route::octets(ip)));
@@ -420,6 +431,15 @@ impl Settings {
     fn output_filter(&self) -> Vec<Vec<Expr>> {
         self.unanswered(self.cluster_dns)
     }
+}
+
+/// Tests that an address is in, or not in, a range.
+pub fn within(which: Address, range: IpNet, inside: bool) -> Vec<Expr> {
+    let octets = super::super::netlink::route::octets;
+    let (mask, network) = (octets(range.netmask()), octets(range.network()));
+    let flip = vec![0; mask.len()];
+    let test = if inside { Expr::Equal(0, network) } else { Expr::NotEqual(0, network) };
+    vec![Expr::Address(which, 0), Expr::Bitwise(0, mask, flip), test]
 }
 
 const REFUSE: &str = "refuse";
