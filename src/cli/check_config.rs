@@ -65,7 +65,12 @@ const REQUIREMENTS: &[Requirement] = &[
 pub fn run() -> anyhow::Result<ExitCode> {
     let mut missing = 0;
     let rows = REQUIREMENTS.iter().map(|r| (r.name.to_owned(), (r.met)(), r.remedy.to_owned(), r.optional));
-    for (name, met, remedy, optional) in rows {
+    let network = coracle_agent::net::check::facts().into_iter().map(|f| {
+        let remedy =
+            f.lack.iter().fold(f.remedy.to_owned(), |remedy, lack| format!("{remedy} (the kernel says: {lack})"));
+        (f.name.to_owned(), f.lack.is_none(), remedy, f.optional)
+    });
+    for (name, met, remedy, optional) in rows.chain(network) {
         match (met, optional) {
             (true, _) => println!("ok       {name}"),
             (false, true) => println!("lacking  {name} (optional): {remedy}"),

@@ -201,7 +201,8 @@ fn authority(index: &Index) -> Option<Record> {
     let zone = name(&domain).ok()?;
     let server = name(&format!("ns.dns.{domain}")).ok()?;
     let person = name(&format!("hostmaster.{domain}")).ok()?;
-    let serial = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs() as u32);
+    let serial =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs() as u32);
     Some(Record::from_rdata(zone, TTL, RData::SOA(SOA::new(server, person, serial, 7200, 1800, 86400, TTL))))
 }
 

@@ -25,7 +25,8 @@ pub fn refuse(pod: &Pod) -> Option<(String, String)> {
     let spec = containers::spec(pod);
     let os = spec.os.as_ref().map_or("linux", |os| os.name.as_str());
     if os != "linux" {
-        let message = format!("Failed to admit pod as the OS field doesn't match node OS; pod OS: {os}, node OS: linux");
+        let message =
+            format!("Failed to admit pod as the OS field doesn't match node OS; pod OS: {os}, node OS: linux");
         return Some(("PodOSNotSupported".to_owned(), message));
     }
     let sysctls = spec.security_context.as_ref().and_then(|context| context.sysctls.as_deref()).unwrap_or_default();
@@ -57,7 +58,10 @@ mod tests {
         };
         assert_eq!(refuse(&pod("kernel.shm_rmid_forced", false)), None);
         let (reason, message) = refuse(&pod("kernel.msgmax", false)).unwrap();
-        assert_eq!((reason.as_str(), message.as_str()), ("SysctlForbidden", "forbidden sysctl: \"kernel.msgmax\" not allowlisted"));
+        assert_eq!(
+            (reason.as_str(), message.as_str()),
+            ("SysctlForbidden", "forbidden sysctl: \"kernel.msgmax\" not allowlisted")
+        );
         assert!(refuse(&pod("net.ipv4.tcp_syncookies", true)).unwrap().1.contains("host net"));
     }
 }

@@ -18,7 +18,7 @@ impl Jitter {
     }
 
     /// The next delay.
-    pub fn next(&mut self) -> Duration {
+    pub fn delay(&mut self) -> Duration {
         let delay = self.current;
         self.current = (self.current * 2).min(self.limit);
         delay.mul_f64(rand::random_range(0.75..1.25))

@@ -25,7 +25,9 @@ pub async fn show(api: &ApiClient, node: &str, pod: &Pod, status: &PodStatus) ->
     };
     let hash = containers::annotation(pod, HASH);
     let mirror = match existing {
-        Some(mirror) if containers::annotation(&mirror, MIRROR) == hash && mirror.metadata.deletion_timestamp.is_none() => {
+        Some(mirror)
+            if containers::annotation(&mirror, MIRROR) == hash && mirror.metadata.deletion_timestamp.is_none() =>
+        {
             mirror
         }
         Some(other) => {

@@ -48,7 +48,7 @@ impl NodeSync {
             let mut retry = Jitter::new(Duration::from_millis(50), Duration::from_secs(10));
             while let Err(error) = self.register().await {
                 tracing::debug!(%error, "node not registered");
-                tokio::time::sleep(retry.next()).await;
+                tokio::time::sleep(retry.delay()).await;
             }
             self.tell("Starting", "Starting kubelet.");
             retry.reset();
@@ -60,18 +60,18 @@ impl NodeSync {
                         not_ready.reset();
                         LEASE_PERIOD
                     }
-                    Ok(()) => not_ready.next(),
+                    Ok(()) => not_ready.delay(),
                     Err(error) if error.is_not_found() => {
                         // Somebody deleted the node: come back.
                         self.written_at = None;
                         if let Err(error) = self.register().await {
                             tracing::debug!(%error, "node not registered");
                         }
-                        retry.next()
+                        retry.delay()
                     }
                     Err(error) => {
                         tracing::debug!(%error, "node status not written");
-                        retry.next()
+                        retry.delay()
                     }
                 };
                 tokio::time::sleep(wait).await;

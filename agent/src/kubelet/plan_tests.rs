@@ -18,7 +18,12 @@ pub(in crate::kubelet) fn sandbox(attempt: u32, ready: bool) -> PodSandboxStatus
     }
 }
 
-pub(in crate::kubelet) fn container(name: &str, attempt: u32, state: ContainerState, exit_code: i32) -> ContainerStatus {
+pub(in crate::kubelet) fn container(
+    name: &str,
+    attempt: u32,
+    state: ContainerState,
+    exit_code: i32,
+) -> ContainerStatus {
     let begun = at(10 * u64::from(attempt) + 1);
     ContainerStatus {
         id: format!("{name}-{attempt}"),
@@ -46,7 +51,10 @@ pub(in crate::kubelet) fn container(name: &str, attempt: u32, state: ContainerSt
 }
 
 pub(in crate::kubelet) fn pod(spec: serde_json::Value) -> Pod {
-    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u", "generation": 3}, "spec": spec})).unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"name": "p", "namespace": "n", "uid": "u", "generation": 3}, "spec": spec}),
+    )
+    .unwrap()
 }
 
 struct World {
@@ -136,7 +144,10 @@ fn the_next_init_container_waits_until_a_sidecar_has_started() {
 
 #[test]
 fn a_container_that_keeps_failing_waits_longer_each_time() {
-    let mut world = World::new(json!({"containers": [{"name": "c"}]}), vec![container("c", 1, Exited, 1), container("c", 0, Exited, 1)]);
+    let mut world = World::new(
+        json!({"containers": [{"name": "c"}]}),
+        vec![container("c", 1, Exited, 1), container("c", 0, Exited, 1)],
+    );
     let dead = world.observed.latest("c").unwrap().finished_at.unwrap();
     assert_eq!(world.plan().steps, [Step::Remove { id: "c-0".into() }, start("c", ContainerKind::Regular)]);
     world.backoffs.escalate("c", dead, dead);
@@ -151,7 +162,12 @@ fn a_container_that_keeps_failing_waits_longer_each_time() {
 #[test]
 fn restart_policies_decide_what_runs_again() {
     let steps = |policy: &str, code: i32| {
-        World::new(json!({"restartPolicy": policy, "containers": [{"name": "c"}]}), vec![container("c", 0, Exited, code)]).plan().steps
+        World::new(
+            json!({"restartPolicy": policy, "containers": [{"name": "c"}]}),
+            vec![container("c", 0, Exited, code)],
+        )
+        .plan()
+        .steps
     };
     assert_eq!(steps("Always", 0), [start("c", ContainerKind::Regular)]);
     assert_eq!(steps("OnFailure", 1), [start("c", ContainerKind::Regular)]);
@@ -162,7 +178,8 @@ fn restart_policies_decide_what_runs_again() {
 
 #[test]
 fn a_failed_liveness_probe_kills_and_restarts() {
-    let mut world = World::new(json!({"containers": [{"name": "c", "livenessProbe": {}}]}), vec![container("c", 0, Running, 0)]);
+    let mut world =
+        World::new(json!({"containers": [{"name": "c", "livenessProbe": {}}]}), vec![container("c", 0, Running, 0)]);
     world.probes.set("c-0", ProbeKind::Liveness, false);
     let message = "Container c failed liveness probe, will be restarted".to_owned();
     let kill = Step::Kill { id: "c-0".into(), name: "c".into(), message, cause: KillCause::Probe(ProbeKind::Liveness) };
@@ -173,11 +190,15 @@ fn a_failed_liveness_probe_kills_and_restarts() {
 fn another_image_is_another_container() {
     let mut running = container("c", 0, Running, 0);
     let spec = json!({"containers": [{"name": "c", "image": "old"}]});
-    running.annotations.insert(super::super::labels::HASH.into(), containers::hash(&pod(spec).spec.unwrap().containers[0]));
+    running
+        .annotations
+        .insert(super::super::labels::HASH.into(), containers::hash(&pod(spec).spec.unwrap().containers[0]));
     let same = World::new(json!({"containers": [{"name": "c", "image": "old"}]}), vec![running.clone()]);
     assert_eq!(same.plan().steps, []);
     let other = World::new(json!({"containers": [{"name": "c", "image": "new"}]}), vec![running]);
-    assert!(matches!(&other.plan().steps[0], Step::Kill { message, .. } if message == "Container c definition changed, will be restarted"));
+    assert!(
+        matches!(&other.plan().steps[0], Step::Kill { message, .. } if message == "Container c definition changed, will be restarted")
+    );
 }
 
 #[test]

@@ -94,8 +94,8 @@ impl StaticPods {
             same
         });
         for (path, pod) in current {
-            if !self.known.contains_key(&path) {
-                self.known.insert(path, containers::uid(&pod).to_owned());
+            if let std::collections::btree_map::Entry::Vacant(e) = self.known.entry(path) {
+                e.insert(containers::uid(&pod).to_owned());
                 changed.applied.push(pod);
             }
         }

@@ -103,10 +103,10 @@ fn phase(input: &Input<'_>, status: &mut PodStatus) {
     let api_phase = input.pod.status.as_ref().and_then(|status| status.phase.as_deref());
     let old_phase = input.old.phase.as_deref();
     let mut phase = computed_phase(input, status).to_owned();
-    if !is_terminal(Some(&phase)) {
-        if let Some(terminal) = [old_phase, api_phase].into_iter().flatten().find(|phase| is_terminal(Some(phase))) {
-            phase = terminal.to_owned();
-        }
+    if !is_terminal(Some(&phase))
+        && let Some(terminal) = [old_phase, api_phase].into_iter().flatten().find(|phase| is_terminal(Some(phase)))
+    {
+        phase = terminal.to_owned();
     }
     if old_phase == Some(phase.as_str()) {
         let api = input.pod.status.as_ref();

@@ -61,7 +61,8 @@ fn a_pod_without_a_sandbox_is_pending() {
     assert_eq!(status.observed_generation, Some(3));
     assert_eq!(ready(&status, "PodReadyToStartContainers").0, "False");
     assert_eq!(ready(&status, "Initialized").0, "True");
-    let expected = ("False".into(), Some("ContainersNotReady".into()), Some("containers with unready status: [c]".into()));
+    let expected =
+        ("False".into(), Some("ContainersNotReady".into()), Some("containers with unready status: [c]".into()));
     assert_eq!(ready(&status, "Ready"), expected);
     let state = status.container_statuses.unwrap()[0].state.clone().unwrap();
     assert_eq!(state.waiting.unwrap().reason.as_deref(), Some("ContainerCreating"));
@@ -148,7 +149,11 @@ fn init_containers_hold_the_pod_pending_or_fail_it() {
     let spec = |policy: &str| json!({"restartPolicy": policy, "initContainers": [{"name": "i"}], "containers": [{"name": "c"}]});
     let running = World::new(spec("Always"), vec![container("i", 0, Running, 0)]).status();
     assert_eq!(running.phase.as_deref(), Some("Pending"));
-    let expected = ("False".into(), Some("ContainersNotInitialized".into()), Some("containers with incomplete status: [i]".into()));
+    let expected = (
+        "False".into(),
+        Some("ContainersNotInitialized".into()),
+        Some("containers with incomplete status: [i]".into()),
+    );
     assert_eq!(ready(&running, "Initialized"), expected);
     let waiting = running.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
     assert_eq!(waiting.reason.as_deref(), Some("PodInitializing"));

@@ -218,7 +218,7 @@ impl Worker {
             }
             (Err(error), _) | (_, Err(error)) => {
                 tracing::warn!(%error, pod = containers::describe(&self.pod), "runtime does not answer");
-                self.act_at = Some(Instant::now() + self.retry.next());
+                self.act_at = Some(Instant::now() + self.retry.delay());
             }
         }
     }
@@ -563,7 +563,7 @@ impl Worker {
                 self.tools = Some(tools);
                 match ended {
                     Ended::Complete => self.retry.reset(),
-                    Ended::Failed => self.act_at = Some(Instant::now() + self.retry.next()),
+                    Ended::Failed => self.act_at = Some(Instant::now() + self.retry.delay()),
                     Ended::Cancelled => {}
                 }
                 while let Ok(progress) = self.progress.1.try_recv() {
@@ -573,10 +573,10 @@ impl Worker {
             Done::Stopped(Ok(())) => self.retry.reset(),
             Done::Stopped(Err(error)) => {
                 tracing::warn!(%error, pod = containers::describe(&self.pod), "pod not stopped");
-                self.act_at = Some(Instant::now() + self.retry.next());
+                self.act_at = Some(Instant::now() + self.retry.delay());
             }
             Done::TornDown(true) => self.torn_down = true,
-            Done::TornDown(false) => self.act_at = Some(Instant::now() + self.retry.next()),
+            Done::TornDown(false) => self.act_at = Some(Instant::now() + self.retry.delay()),
         }
     }
 
@@ -596,11 +596,11 @@ impl Worker {
                 // Gone, or another pod of this name: the watch will say so, too.
                 self.deleted |= error.is_not_found();
                 self.removed |= error.is_not_found();
-                self.report_at = Some(Instant::now() + self.report_retry.next());
+                self.report_at = Some(Instant::now() + self.report_retry.delay());
             }
             Err(error) => {
                 tracing::debug!(%error, pod = containers::describe(&self.pod), "status not written");
-                self.report_at = Some(Instant::now() + self.report_retry.next());
+                self.report_at = Some(Instant::now() + self.report_retry.delay());
             }
         }
     }
@@ -612,7 +612,7 @@ impl Worker {
             Err(error) if error.is_not_found() || error.is_conflict() => self.deleted = true,
             Err(error) => {
                 tracing::debug!(%error, pod = containers::describe(&self.pod), "pod not deleted");
-                self.act_at = Some(Instant::now() + self.retry.next());
+                self.act_at = Some(Instant::now() + self.retry.delay());
             }
         }
     }

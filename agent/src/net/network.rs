@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::attach::{self, PodLink};
 use super::config::NetworkConfig;
+use super::feed::{self, Follower};
 use super::host::{self, HostFacts};
 use super::ipam::{Attachment, Ipam};
 use super::netlink::{NetlinkError, Socket};
 use super::proxy::plan::LocalPod;
-use super::feed::{self, Follower};
 use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, proxy};
 use crate::dns;
 use crate::watch::Event;
@@ -88,7 +88,12 @@ impl Network {
         Ok(network)
     }
 
-    pub(super) fn assemble(config: NetworkConfig, facts: HostFacts, ipam: Ipam, proxy: Option<Sender<proxy::Input>>) -> Self {
+    pub(super) fn assemble(
+        config: NetworkConfig,
+        facts: HostFacts,
+        ipam: Ipam,
+        proxy: Option<Sender<proxy::Input>>,
+    ) -> Self {
         let ranges = watch::Sender::new(ipam.ranges().to_vec());
         Self { inner: Arc::new(Inner { config, facts, ipam: Mutex::new(ipam), ranges, proxy }) }
     }
@@ -113,8 +118,8 @@ impl Network {
     /// Tells the proxy of a pod.
     fn announce(&self, uid: &str, attachment: Option<&Attachment>) {
         let Some(proxy) = &self.inner.proxy else { return };
-        let pod = attachment
-            .map(|attachment| LocalPod { ips: attachment.ips.clone(), ports: attachment.host_ports.clone() });
+        let pod =
+            attachment.map(|attachment| LocalPod { ips: attachment.ips.clone(), ports: attachment.host_ports.clone() });
         // The thread ends only when this sender does.
         let _ = proxy.send(proxy::Input::Pod(uid.to_owned(), pod));
     }

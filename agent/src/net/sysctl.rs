@@ -35,8 +35,11 @@ impl Sysctls {
         }
         let mut changed = self.read();
         changed.entry(name.to_owned()).or_insert_with(|| (old, value.to_owned()));
-        write_by_rename(&self.file, &changed)
-            .map_err(|source| NetworkError::Storage { step: "write", path: self.file.clone(), source })?;
+        write_by_rename(&self.file, &changed).map_err(|source| NetworkError::Storage {
+            step: "write",
+            path: self.file.clone(),
+            source,
+        })?;
         std::fs::write(&path, value).map_err(failed)
     }
 
@@ -45,9 +48,8 @@ impl Sysctls {
         let mut errors = Vec::new();
         for (name, (old, set)) in self.read() {
             let path = Path::new(ROOT).join(&name);
-            let result = std::fs::read_to_string(&path).and_then(|now| {
-                if now.trim() == set { std::fs::write(&path, &old) } else { Ok(()) }
-            });
+            let result = std::fs::read_to_string(&path)
+                .and_then(|now| if now.trim() == set { std::fs::write(&path, &old) } else { Ok(()) });
             match result {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     errors.push(NetworkError::Kernel { step: format!("restore {name}"), source });

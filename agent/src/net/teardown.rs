@@ -44,8 +44,7 @@ fn namespace_of(path: &Path) -> io::Result<(u64, u64)> {
 /// Writes down where this thread's namespace is set up.
 pub(super) fn remember(config: &NetworkConfig) -> Result<(), NetworkError> {
     let own = Path::new("/proc/thread-self/ns/net");
-    let namespace =
-        namespace_of(own).map_err(|source| NetworkError::Namespace { path: own.to_owned(), source })?;
+    let namespace = namespace_of(own).map_err(|source| NetworkError::Namespace { path: own.to_owned(), source })?;
     let record = Record {
         namespace,
         boot_id: boot_id(),

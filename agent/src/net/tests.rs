@@ -279,7 +279,12 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 }
 
 fn object(name: &str, json: &str) -> Object {
-    Object { namespace: "n".into(), name: name.into(), uid: String::new(), json: bytes::Bytes::copy_from_slice(json.as_bytes()) }
+    Object {
+        namespace: "n".into(),
+        name: name.into(),
+        uid: String::new(),
+        json: bytes::Bytes::copy_from_slice(json.as_bytes()),
+    }
 }
 
 const TCP_80: &str = r#""ports":[{"port":80,"protocol":"TCP","nodePort":30080}]"#;
@@ -385,7 +390,13 @@ fn policies_keep_traffic_on_the_node_and_the_address_of_clients() {
     world.client.serve("192.0.2.2:8080".parse().unwrap(), "far");
     let policy = |name: &str, ip: &str, port: u16, more: &str| {
         let ports = format!(r#""ports":[{{"port":80,"nodePort":{port}}}]"#);
-        world.service(name, &format!(r#""type":"LoadBalancer","clusterIP":"{ip}","externalIPs":["198.51.100.{port0}"],{ports}{more}"#, port0 = port - 30000));
+        world.service(
+            name,
+            &format!(
+                r#""type":"LoadBalancer","clusterIP":"{ip}","externalIPs":["198.51.100.{port0}"],{ports}{more}"#,
+                port0 = port - 30000
+            ),
+        );
     };
     let local = (b_ip.to_string(), "me");
     let far = ("192.0.2.2".to_owned(), "other");
@@ -587,8 +598,7 @@ fn host_ports_lead_to_their_pod_until_it_is_gone() {
         host_port,
         container_port: 8080,
     };
-    let (a, _) =
-        world.pod("a", vec![port(None, 8001), port(Some("127.0.0.1"), 8002), port(Some("192.0.2.1"), 8003)]);
+    let (a, _) = world.pod("a", vec![port(None, 8001), port(Some("127.0.0.1"), 8002), port(Some("192.0.2.1"), 8003)]);
     world.settle();
     world.nft();
     let name = |space: &Space, at: &str| space.ask(at).map(|(name, _)| name).ok();

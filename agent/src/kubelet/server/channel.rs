@@ -15,8 +15,8 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role};
 
@@ -108,6 +108,7 @@ pub fn goodbye() -> Message {
 pub type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
 /// The answer that switches protocols, and the socket once it has.
+#[allow(clippy::type_complexity, reason = "the future cannot be named")]
 pub fn upgrade(
     mut request: Request<Incoming>,
 ) -> Result<(Response<Body>, Protocol, impl Future<Output = Result<Socket, hyper::Error>> + Send + use<>), Refusal> {

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use sha2::{Digest, Sha256};
 
 use super::super::Protocol;
+use super::super::netlink::route::octets;
 use super::super::nft::expr::{Address, Expr};
 use super::super::nft::{ElementData, Family};
-use super::super::netlink::route::octets;
 use super::model::{Endpoint, Key, Service, ServicePort, Slice};
 use super::tables::{Balancer, Map, address_registers, mark_for_masquerade, within};
 

@@ -325,8 +325,7 @@ mod tests {
             {"addresses":["10.42.1.2"],"conditions":{"ready":false,"serving":true,"terminating":true}},
             {"addresses":["10.42.1.3"],"conditions":{"ready":false}}]}"#;
         let slice = Slice::parse(json.as_bytes(), "me").unwrap().unwrap();
-        let seen: Vec<_> =
-            slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating, e.local)).collect();
+        let seen: Vec<_> = slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating, e.local)).collect();
         assert_eq!(seen, [(true, true, false, true), (false, true, true, false), (false, false, false, false)]);
     }
 }

@@ -312,10 +312,8 @@ impl Diff {
     pub fn write(&self, transaction: &mut Transaction) {
         use super::super::nft::{SetData, SetSpec};
         for ((family, set), seconds) in missing(&self.new.sets, &self.old.sets) {
-            let spec = SetSpec {
-                key: &[super::super::nft::KeyType::Address],
-                data: SetData::Dynamic { timeout: *seconds },
-            };
+            let spec =
+                SetSpec { key: &[super::super::nft::KeyType::Address], data: SetData::Dynamic { timeout: *seconds } };
             transaction.add_set(*family, set, &spec);
         }
         for (family, balancer, count) in self.new.balancers.difference(&self.old.balancers) {
@@ -385,4 +383,3 @@ fn missing<'a, K: Ord, V: PartialEq>(
 ) -> impl Iterator<Item = (&'a K, &'a V)> {
     these.iter().filter(|(key, value)| those.get(*key) != Some(*value))
 }
-

@@ -8,9 +8,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::super::names::{LINK_PREFIX, POD_GATEWAY_V4, POD_GATEWAY_V6};
 use super::super::nft::expr::{Address, Expr, Register, STATE_INVALID, STATE_NEW};
 use super::super::nft::{Family, Hook, KeyType, SetData, SetSpec, Transaction};
-use super::super::names::{LINK_PREFIX, POD_GATEWAY_V4, POD_GATEWAY_V6};
 
 /// The bit that marks packets whose source must become the node's, kube-proxy's own choice.
 pub const MASQUERADE_MARK: u32 = 0x4000;
@@ -91,11 +91,9 @@ impl Map {
 
     fn spec(self) -> SetSpec {
         let key: &[KeyType] = match self {
-            Self::Services
-            | Self::LocalServices
-            | Self::NoEndpoints
-            | Self::HostPortsByAddress
-            | Self::Firewall => &[Addr, Proto, Port],
+            Self::Services | Self::LocalServices | Self::NoEndpoints | Self::HostPortsByAddress | Self::Firewall => {
+                &[Addr, Proto, Port]
+            }
             Self::Endpoints | Self::LocalEndpoints => &[Addr, Proto, Port, Mark],
             Self::NodePorts | Self::LocalNodePorts | Self::NoEndpointNodePorts | Self::HostPorts => &[Proto, Port],
             Self::NodePortEndpoints | Self::LocalNodePortEndpoints => &[Proto, Port, Mark],
@@ -195,11 +193,7 @@ pub fn address_registers(family: Family) -> Register {
 /// Loads destination address . protocol . port; also returns the next register.
 fn address_key(family: Family) -> (Vec<Expr>, Register) {
     let next = address_registers(family);
-    let loads = vec![
-        Expr::Address(Address::Destination, 0),
-        Expr::L4Proto(next),
-        Expr::DestinationPort(next + 1),
-    ];
+    let loads = vec![Expr::Address(Address::Destination, 0), Expr::L4Proto(next), Expr::DestinationPort(next + 1)];
     (loads, next + 2)
 }
 
@@ -324,9 +318,7 @@ impl Settings {
         let mut node_ports = self.to_node();
         node_ports.extend(port_key().0);
         node_ports.push(Expr::VerdictMap(0, Map::NodePorts.name().into()));
-        let rewrite = |map: Map| {
-            [Expr::Map(0, map.name().into(), 0), Expr::Dnat(0, address_registers(self.family))]
-        };
+        let rewrite = |map: Map| [Expr::Map(0, map.name().into(), 0), Expr::Dnat(0, address_registers(self.family))];
         let (mut host_address, _) = address_key(self.family);
         host_address.extend(rewrite(Map::HostPortsByAddress));
         let mut host_port = self.to_node();
