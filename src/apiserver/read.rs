@@ -161,10 +161,9 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
     }
     if let Some(name) =
         options.fields.exact("metadata.name").filter(|_| revision.is_none() && options.continue_token.is_empty())
+        && let Some(page) = single(call, options, name)?
     {
-        if let Some(page) = single(call, options, name)? {
-            return Ok(page);
-        }
+        return Ok(page);
     }
     collect(call, options, &prefix, start, revision)
 }

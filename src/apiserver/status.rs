@@ -291,10 +291,10 @@ impl Status {
             "reason": self.0.reason,
             "code": self.0.code,
         });
-        if self.0.reason.is_empty() {
-            if let Some(fields) = status.as_object_mut() {
-                fields.remove("reason");
-            }
+        if self.0.reason.is_empty()
+            && let Some(fields) = status.as_object_mut()
+        {
+            fields.remove("reason");
         }
         if !self.0.continue_token.is_empty() {
             status["metadata"]["continue"] = Value::String(self.0.continue_token.clone());

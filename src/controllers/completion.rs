@@ -260,8 +260,7 @@ impl Work<'_> {
         } else if ending.is_none() && self.job.metadata.deletion_timestamp.is_none() {
             self.note_suspension(suspended);
         }
-        let some = |count: i32| (count != 0).then_some(count);
-        self.plan.status.active = some(active_count);
+        self.plan.status.active = (active_count != 0).then_some(active_count);
         self.plan.status.ready = Some(ready);
         self.plan.status.terminating = Some(terminating);
         if let Some((kind, reason, message)) = ending {

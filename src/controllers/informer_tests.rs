@@ -63,8 +63,8 @@ async fn heard(answers: Vec<(u16, String)>) -> (Vec<String>, Vec<String>) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     cancel.cancel();
-    let result = (heard.lock().clone(), asked.lock().clone());
-    result
+
+    (heard.lock().clone(), asked.lock().clone())
 }
 
 #[tokio::test]

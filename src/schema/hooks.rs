@@ -355,19 +355,19 @@ fn template_labels(object: &Object) -> Option<Value> {
 }
 
 fn label_from_template(object_: &mut Object, labels: Value) {
-    if let Some(metadata) = object(object_, "metadata") {
-        if len(metadata, "labels") == 0 {
-            metadata.insert("labels".to_owned(), labels);
-        }
+    if let Some(metadata) = object(object_, "metadata")
+        && len(metadata, "labels") == 0
+    {
+        metadata.insert("labels".to_owned(), labels);
     }
 }
 
 fn replication_controller(controller: &mut Object) {
     let Some(labels) = template_labels(controller) else { return };
-    if let Some(spec) = object(controller, "spec") {
-        if len(spec, "selector") == 0 {
-            spec.insert("selector".to_owned(), labels.clone());
-        }
+    if let Some(spec) = object(controller, "spec")
+        && len(spec, "selector") == 0
+    {
+        spec.insert("selector".to_owned(), labels.clone());
     }
     label_from_template(controller, labels);
 }
@@ -389,10 +389,10 @@ fn namespace(namespace: &mut Object) {
 }
 
 fn node_status(status: &mut Object) {
-    if !set(status, "allocatable") {
-        if let Some(capacity) = status.get("capacity").filter(|c| !c.is_null()).cloned() {
-            status.insert("allocatable".to_owned(), capacity);
-        }
+    if !set(status, "allocatable")
+        && let Some(capacity) = status.get("capacity").filter(|c| !c.is_null()).cloned()
+    {
+        status.insert("allocatable".to_owned(), capacity);
     }
 }
 
@@ -459,10 +459,10 @@ fn stateful_set_spec(spec: &mut Object) {
         strategy.insert("type".to_owned(), "RollingUpdate".into());
         default(strategy, "rollingUpdate", json!({}));
     }
-    if text(strategy, "type") == "RollingUpdate" {
-        if let Some(update) = object(strategy, "rollingUpdate") {
-            default(update, "partition", 0);
-        }
+    if text(strategy, "type") == "RollingUpdate"
+        && let Some(update) = object(strategy, "rollingUpdate")
+    {
+        default(update, "partition", 0);
     }
 }
 
@@ -534,10 +534,10 @@ fn custom_resource_definition(definition: &mut Object) {
         }
     }
     default(spec, "conversion", json!({"strategy": "None"}));
-    if let (Some(status), Some(version)) = (object(definition, "status"), stored) {
-        if len(status, "storedVersions") == 0 {
-            status.insert("storedVersions".to_owned(), json!([version]));
-        }
+    if let (Some(status), Some(version)) = (object(definition, "status"), stored)
+        && len(status, "storedVersions") == 0
+    {
+        status.insert("storedVersions".to_owned(), json!([version]));
     }
 }
 

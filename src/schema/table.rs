@@ -304,10 +304,10 @@ impl Reader {
             _ => self.name(line, package, text)?,
         };
         let kind = self.schema.kind(id);
-        if let (Some(atomic), Kind::Struct) = (attributes.atomic_map, kind) {
-            if atomic != self.schema.node(id).atomic {
-                return Ok((self.overridden(id, atomic), pointer));
-            }
+        if let (Some(atomic), Kind::Struct) = (attributes.atomic_map, kind)
+            && atomic != self.schema.node(id).atomic
+        {
+            return Ok((self.overridden(id, atomic), pointer));
         }
         if let (Kind::List, Some(list), false) = (kind, attributes.list, text.starts_with('[')) {
             // A named list type whose field says how items are told apart.

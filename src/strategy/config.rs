@@ -112,10 +112,10 @@ fn secret(object: &Value) -> ErrorList {
     }
     let required = |key: &str| FieldError::required(format!("data[{key}]"), "");
     match text(object, "/type") {
-        "kubernetes.io/service-account-token" => {
-            if text(object, "/metadata/annotations/kubernetes.io~1service-account.name").is_empty() {
-                errors.push(FieldError::required("metadata.annotations[kubernetes.io/service-account.name]", ""));
-            }
+        "kubernetes.io/service-account-token"
+            if text(object, "/metadata/annotations/kubernetes.io~1service-account.name").is_empty() =>
+        {
+            errors.push(FieldError::required("metadata.annotations[kubernetes.io/service-account.name]", ""));
         }
         kind @ ("kubernetes.io/dockercfg" | "kubernetes.io/dockerconfigjson") => {
             let key = if kind.ends_with("cfg") { ".dockercfg" } else { ".dockerconfigjson" };
@@ -128,11 +128,9 @@ fn secret(object: &Value) -> ErrorList {
                 }
             }
         }
-        "kubernetes.io/basic-auth" => {
-            if decoded("username").is_none() && decoded("password").is_none() {
-                errors.push(required("username"));
-                errors.push(required("password"));
-            }
+        "kubernetes.io/basic-auth" if decoded("username").is_none() && decoded("password").is_none() => {
+            errors.push(required("username"));
+            errors.push(required("password"));
         }
         "kubernetes.io/ssh-auth" if decoded("ssh-privatekey").is_none_or(|k| k.is_empty()) => {
             errors.push(required("ssh-privatekey"));

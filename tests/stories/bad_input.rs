@@ -23,7 +23,7 @@ fn a_port_and_a_folder_have_one_server() {
     let server = Server::start(&["--disable-agent"]);
     let second = server.command().output().unwrap();
     let text = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(text.contains(&format!("in use by the server with pid")), "{text}");
+    assert!(text.contains(&"in use by the server with pid".to_string()), "{text}");
     let other = tempfile::tempdir().unwrap();
     let mut command = server.host.command(binary());
     command

@@ -41,7 +41,7 @@ fn ip(args: &str) {
 /// A machine: a network namespace with an `eth0`, whose other end is in a second namespace that stands for the outside.
 pub struct Host {
     inside: String,
-    outside: String,
+    beyond: String,
     pub address: String,
 }
 
@@ -50,12 +50,9 @@ impl Host {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
-        let host = Host {
-            inside: format!("cst{pid}-{n}"),
-            outside: format!("cst{pid}-{n}o"),
-            address: format!("10.77.{n}.1"),
-        };
-        let Host { inside, outside, address } = &host;
+        let host =
+            Host { inside: format!("cst{pid}-{n}"), beyond: format!("cst{pid}-{n}o"), address: format!("10.77.{n}.1") };
+        let Host { inside, beyond: outside, address } = &host;
         ip(&format!("netns add {inside}"));
         ip(&format!("netns add {outside}"));
         ip(&format!("-n {inside} link set lo up"));
@@ -81,8 +78,8 @@ impl Host {
     }
 
     /// A command on another machine that reaches this one over its link.
-    pub fn from_outside(&self, program: impl AsRef<Path>) -> Command {
-        Self::enter(&self.outside, program)
+    pub fn outside(&self, program: impl AsRef<Path>) -> Command {
+        Self::enter(&self.beyond, program)
     }
 
     /// What is left of an instance in the machine's namespace: links but for its own, and nftables.
@@ -97,7 +94,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        for namespace in [&self.inside, &self.outside] {
+        for namespace in [&self.inside, &self.beyond] {
             let _ = Command::new("ip").args(["netns", "del", namespace]).status();
         }
     }
@@ -131,10 +128,6 @@ impl Server {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("the server runs").id()
     }
 
     /// The command that runs the server, not started.
@@ -211,7 +204,7 @@ impl Server {
 
     /// A page, from the machine itself or from outside.
     pub fn fetch(&self, url: &str, outside: bool) -> Result<String, String> {
-        let mut command = if outside { self.host.from_outside("curl") } else { self.host.command("curl") };
+        let mut command = if outside { self.host.outside("curl") } else { self.host.command("curl") };
         let output = command.args(["-sS", "-f", "--max-time", "3", url]).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }

@@ -703,7 +703,7 @@ fn dead_pods_are_collected_and_a_teardown_leaves_nothing() {
     assert_eq!(world.attach("a", &a, Vec::new()), a_ip, "attached again: the same address");
     let other = Space::new();
     assert_eq!(world.attach("a", &other, Vec::new()), a_ip, "a new sandbox of the pod: the link moves");
-    assert_eq!(other.run(|| Socket::route().unwrap().link("eth0").unwrap().is_some()), true);
+    assert!(other.run(|| Socket::route().unwrap().link("eth0").unwrap().is_some()));
     let network = world.network.clone();
     world.node.run(move || block_on(async move { network.retain(&set(&["uid-b"])).await })).unwrap();
     let links = |world: &World| {

@@ -293,7 +293,7 @@ mod tests {
     fn the_default_profile_compiles_for_any_capabilities() {
         for capabilities in [CapabilitySet(0), CapabilitySet::ALL] {
             let filter = compile(&default_profile(capabilities)).unwrap();
-            assert!(filter.len() > 800 && filter.len() % 8 == 0, "{}", filter.len());
+            assert!(filter.len() > 800 && filter.len().is_multiple_of(8), "{}", filter.len());
         }
     }
 

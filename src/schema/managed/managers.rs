@@ -224,10 +224,10 @@ impl Managers {
                 api_version: id.api_version.clone(),
                 subresource: String::new(),
             };
-            if !self.entries.contains_key(&bucket) {
-                if let Some(owned) = self.entries.remove(&first) {
-                    self.entries.insert(bucket.clone(), owned);
-                }
+            if !self.entries.contains_key(&bucket)
+                && let Some(owned) = self.entries.remove(&first)
+            {
+                self.entries.insert(bucket.clone(), owned);
             }
             if let Some(owned) = self.entries.remove(&id) {
                 if let Some(target) = self.entries.get_mut(&bucket) {

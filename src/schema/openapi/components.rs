@@ -106,10 +106,10 @@ impl<'s> Components<'s> {
                 while let Some(item) = self.schema.item(node) {
                     node = item;
                 }
-                if let Some(name) = self.names.of(node) {
-                    if all.insert(name.clone()) {
-                        open.push(name);
-                    }
+                if let Some(name) = self.names.of(node)
+                    && all.insert(name.clone())
+                {
+                    open.push(name);
                 }
             }
         }

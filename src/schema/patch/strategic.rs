@@ -367,10 +367,10 @@ fn check_order(patch: &[Value], order: &[Value], key: &str) -> Merged<()> {
         if item.get(DIRECTIVE).is_some() {
             continue;
         }
-        if let (false, Some(map)) = (key.is_empty(), item.as_object()) {
-            if !map.contains_key(key) {
-                return Err(no_merge_key(map, key));
-            }
+        if let (false, Some(map)) = (key.is_empty(), item.as_object())
+            && !map.contains_key(key)
+        {
+            return Err(no_merge_key(map, key));
         }
         match order[at..].iter().position(|o| identity(o, key) == identity(item, key)) {
             Some(found) => at += found + 1,

@@ -166,10 +166,8 @@ fn all_ports(ports: &[Value], kind: &str, headless: bool) -> ErrorList {
             }
             _ => {}
         }
-        if !headless || number != 0 {
-            if !used_ports.insert((number, protocol)) {
-                errors.push(FieldError::duplicate(at("").trim_end_matches('.'), port.clone()));
-            }
+        if (!headless || number != 0) && !used_ports.insert((number, protocol)) {
+            errors.push(FieldError::duplicate(at("").trim_end_matches('.'), port.clone()));
         }
         let node_port = int(port, "/nodePort").unwrap_or(0);
         if node_port != 0 {
