@@ -82,32 +82,11 @@ pub fn decode(kind: Kind<'_>, body: &[u8], format: BodyFormat, validation: Field
     let format = match format {
         BodyFormat::Json => schema::decode::Format::Json,
         BodyFormat::Yaml => schema::decode::Format::Yaml,
-        BodyFormat::Protobuf => return decode_protobuf(kind, node, body),
+        BodyFormat::Protobuf => schema::decode::Format::Protobuf,
     };
     let decoded = schema::decode::decode(schema::builtin(), &expected, body, format, validation)
         .map_err(|error| Status::bad_request(error.to_string()))?;
     Ok(Decoded { value: decoded.value, warnings: decoded.warnings })
-}
-
-fn decode_protobuf(kind: Kind<'_>, node: TypeId, body: &[u8]) -> Result<Decoded, Status> {
-    let refuse = |error: &dyn std::fmt::Display| {
-        Status::bad_request(format!("the object provided is unrecognized (must be of type {}): {error}", kind.kind))
-    };
-    let unknown = proto::open(body).map_err(|error| refuse(&error))?;
-    let api_version = kind.api_version();
-    let same = |found: &str, wanted: &str| found.is_empty() || found == wanted;
-    if !same(&unknown.kind, kind.kind) || !same(&unknown.api_version, &api_version) {
-        return Err(Status::bad_request(format!(
-            "the object provided is of {}, Kind={}, which does not match the expected {api_version}, Kind={}",
-            unknown.api_version, unknown.kind, kind.kind
-        )));
-    }
-    let mut value = proto::decode(schema::builtin(), node, unknown.raw).map_err(|error| refuse(&error))?;
-    if let Some(fields) = value.as_object_mut() {
-        fields.insert("apiVersion".to_owned(), Value::String(api_version));
-        fields.insert("kind".to_owned(), Value::String(kind.kind.to_owned()));
-    }
-    Ok(Decoded { value, warnings: Vec::new() })
 }
 
 /// An object as protobuf; none when its type has no such form (custom resources).
@@ -126,19 +105,19 @@ pub fn to_protobuf(object: &Value) -> Option<Vec<u8>> {
 }
 
 /// Decodes the body of a server-side apply (YAML, of which JSON is a part) as it stands: only what is there is applied.
+/// Unknown fields are found when it is applied.
 ///
 /// # Errors
-/// 400 with upstream's text; under strict validation also for unknown and duplicate fields.
-pub fn decode_apply(body: &[u8], validation: FieldValidation, kind: Kind<'_>) -> Result<Decoded, Status> {
-    let value: Value =
-        serde_yaml::from_slice(body).map_err(|error| Status::bad_request(format!("error decoding YAML: {error}")))?;
-    let mut warnings = Vec::new();
-    if validation != FieldValidation::Ignore {
-        let level = if validation == FieldValidation::Warn { FieldValidation::Warn } else { FieldValidation::Strict };
-        // Decoded for its findings alone.
-        warnings = decode(kind, body, BodyFormat::Yaml, level)?.warnings;
+/// 400 with upstream's text; under strict validation also for duplicate fields.
+pub fn decode_apply(body: &[u8], validation: FieldValidation) -> Result<Decoded, Status> {
+    let (value, duplicates) = schema::decode::configuration(body).map_err(Status::bad_request)?;
+    match (validation, duplicates) {
+        (FieldValidation::Strict, Some(text)) => {
+            Err(Status::bad_request(format!("error strict decoding YAML: {text}")))
+        }
+        (FieldValidation::Warn, Some(text)) => Ok(Decoded { value, warnings: vec![text] }),
+        _ => Ok(Decoded { value, warnings: Vec::new() }),
     }
-    Ok(Decoded { value, warnings })
 }
 
 /// Fills in what the schema's defaults say.

@@ -95,7 +95,7 @@ pub fn apply(
         }
         (Method::Patch(_), None) => return Err(call.not_found()),
         (Method::Apply, current) => {
-            let decoded = codec::decode_apply(&request.bytes, validation, kind)?;
+            let decoded = codec::decode_apply(&request.bytes, validation)?;
             call.warn(decoded.warnings);
             let mut patch = decoded.value;
             check_target(call, &mut patch)?;

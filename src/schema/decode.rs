@@ -112,6 +112,22 @@ pub fn decode(
     Ok(Decoded { value, warnings: findings.strict })
 }
 
+/// The body of a server-side apply, YAML or JSON, as it stands; with what a strict reader says about duplicate fields.
+///
+/// # Errors
+/// Upstream's text, for 400.
+pub fn configuration(body: &[u8]) -> Result<(Value, Option<String>), String> {
+    let wrap = |text: String| format!("error converting YAML to JSON: {text}");
+    let (value, duplicates) = yaml::to_json(body).map_err(|e| format!("error decoding YAML: {}", wrap(e)))?;
+    if !(value.is_object() || value.is_null()) {
+        let found = json_type(&value);
+        return Err(format!(
+            "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {found} into Go value of type map[string]interface {{}}"
+        ));
+    }
+    Ok((value, duplicates.map(wrap)))
+}
+
 fn protobuf(
     schema: &Schema,
     expected: &Expected<'_>,
@@ -472,5 +488,32 @@ mod tests {
         assert_eq!(decoded.warnings, ["yaml: unmarshal errors:\n  line 5: key \"a\" already set in map"]);
         assert_eq!(decoded.value["data"]["a"], "y");
         assert!(read_as(kind, yaml, Format::Yaml, FieldValidation::Strict).is_err());
+    }
+
+    #[test]
+    fn protobuf_bodies_decode_like_the_others() {
+        let schema = builtin();
+        let body = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p"},"spec":{"containers":[{"name":"c"}]}}"#;
+        let from_json = read(POD, body, FieldValidation::Strict).unwrap().value;
+        let node = schema.by_gvk("", "v1", "Pod").unwrap();
+        let expected = Expected { group: "", version: "v1", kind: "Pod", node };
+        let packed = proto::encode(schema, node, &from_json);
+        let decoded = decode(schema, &expected, &packed, Format::Protobuf, FieldValidation::Strict).unwrap();
+        assert_eq!(decoded.value, from_json);
+        let error = decode(schema, &expected, b"{}", Format::Protobuf, FieldValidation::Strict).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the object provided is unrecognized (must be of type Pod): provided data does not appear to be a protobuf message, expected prefix [107 56 115 0] ({})"
+        );
+    }
+
+    #[test]
+    fn an_applied_configuration_is_taken_as_it_stands() {
+        let (value, duplicates) = configuration(b"spec:\n  replicas: 1\n  replicas: 2\n").unwrap();
+        assert_eq!(value, serde_json::json!({"spec": {"replicas": 2}}));
+        let text =
+            "error converting YAML to JSON: yaml: unmarshal errors:\n  line 3: key \"replicas\" already set in map";
+        assert_eq!(duplicates.as_deref(), Some(text));
+        assert!(configuration(b"[]").is_err());
     }
 }
