@@ -249,7 +249,7 @@ mod tests {
         let now = SystemTime::now();
         let request = LeafRequest { common_name: "jane", organization: Some("dev"), names: &[], usage: Usage::Client };
         let leaf = keys.client_ca.issue(&request, now).unwrap();
-        let judged = authenticator.judge(Some(&[leaf.certificate.clone()]), now);
+        let judged = authenticator.judge(Some(std::slice::from_ref(&leaf.certificate)), now);
         let ask = |peer: &PeerCertificate, now| authenticator.authenticate(peer, &HeaderMap::new(), "/api", now);
         let identity = ask(&judged, now).unwrap();
         assert_eq!(identity.user().name, "jane");
