@@ -70,7 +70,7 @@ fn probe() -> Vec<Fact> {
         fact(
             "nftables tables that others cannot flush",
             persistent,
-            "Linux 6.9 or newer; without, flushed rules are put back",
+            "Linux 6.9 or newer; without, rules that others flush are only put back with the next change of a Service",
             true,
         ),
         fact(

@@ -1,8 +1,8 @@
 //! The proxy's hand on the kernel: the tables of one instance.
 //!
 //! Where the kernel has it (6.9) the tables are owned and persistent: nobody else can flush them, they stay when this
-//! process dies, and the next one adopts them. On older kernels they are plain tables, and [`Kernel::foreign_changes`]
-//! tells when somebody else touched them.
+//! process dies, and the next one adopts them. On older kernels they are plain tables: what a
+//! foreign flush takes comes back with the next change, which the kernel refuses and which so leads to a rebuild.
 
 use std::io;
 
