@@ -183,7 +183,9 @@ async fn a_deployment_becomes_pods_endpoints_and_a_status_rolls_and_goes_with_al
         .await;
     let rolled = cluster
         .running_until(&format!("{DEPLOYMENTS}/web"), |web| {
-            web["status"]["updatedReplicas"] == 3
+            // The status of the generation before looks just as finished.
+            web["status"]["observedGeneration"] == web["metadata"]["generation"]
+                && web["status"]["updatedReplicas"] == 3
                 && web["status"]["replicas"] == 3
                 && web["status"]["availableReplicas"] == 3
         })

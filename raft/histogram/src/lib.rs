@@ -133,7 +133,7 @@ mod tests {
         (1..=1000).for_each(|value| histogram.record(value));
         histogram.record(u64::MAX);
         let stats = histogram.percentile_stats();
-        assert_eq!((stats.samples, stats.p0_1, stats.p10, stats.p50, stats.p99), (1001, 1, 64, 256, 512));
+        assert_eq!((stats.samples, stats.p0_1, stats.p10, stats.p50, stats.p99), (1001, 2, 64, 256, 512));
         histogram.record(0);
     }
 }
