@@ -42,16 +42,25 @@ impl Cluster {
             shutdown: shutdown.clone(),
         });
         let own = client(&server, Identity::apiserver());
+        for namespace in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+            let body = json!({"metadata": {"name": namespace}}).to_string().into_bytes();
+            let json = "application/json";
+            super::api::send(&own, http::Method::POST, "/api/v1/namespaces", json, json, body).await.unwrap();
+        }
+        crate::auth::rbac::bootstrap::reconcile(&own).await.unwrap();
         let (sender, leadership) = watch::channel(true);
+        let client_for = move |user: &str| match user.strip_prefix("system:serviceaccount:kube-system:") {
+            Some(controller) => client(&server, Identity::controller(controller)),
+            None => client(&server, Identity::in_process(user, &[])),
+        };
         spawn_all(Context {
-            client_for: Arc::new(move |user| client(&server, Identity::in_process(user, &["system:masters"]))),
+            client_for: Arc::new(client_for),
             leadership,
             cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap()],
             root_ca_pem: "PEM".into(),
             shutdown: shutdown.clone(),
         });
         let cluster = Cluster { client: own, shutdown, _leadership: sender };
-        cluster.post("/api/v1/namespaces", json!({"metadata": {"name": "default"}})).await;
         cluster.post("/api/v1/nodes", json!({"metadata": {"name": "one"}})).await;
         let status = json!({"status": {"allocatable": {"cpu": "8", "memory": "8Gi", "pods": "110"},
             "conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2999-01-01T00:00:00Z"}]}});
