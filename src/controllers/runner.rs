@@ -104,7 +104,10 @@ impl Controller {
             }
             Some(Err(error)) => {
                 match &error {
-                    ReconcileError::Api(api) if api.is_conflict() || api.is_namespace_terminating() => {
+                    // Someone was faster, or what it was about has gone: the next pass sees it.
+                    ReconcileError::Api(api)
+                        if api.is_conflict() || api.is_not_found() || api.is_namespace_terminating() =>
+                    {
                         tracing::debug!(controller = self.name, %key, %api, "reconcile will be repeated");
                     }
                     _ => tracing::warn!(
