@@ -170,7 +170,7 @@ mod tests {
         let usages = ["client auth", "digital signature"];
         let certificate = sign(&keys.client_ca, &request, &usages, hour, now).unwrap();
         let certificates = ClientCertificates::new(&keys).unwrap();
-        let (user, until) = certificates.verify(&[certificate.clone()], now).unwrap();
+        let (user, until) = certificates.verify(std::slice::from_ref(&certificate), now).unwrap();
         assert_eq!((user.name.as_str(), user.groups[0].as_str()), ("jane", "dev"));
         assert!(until <= now + hour && until > now + hour / 2);
         assert!(certificates.verify(&[certificate], now + 2 * hour).is_err());
