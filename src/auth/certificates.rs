@@ -3,7 +3,9 @@
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::Value;
 use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::cri_attributes::ParsedCriAttribute;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
 use x509_parser::prelude::FromDer;
 
 pub const KUBE_APISERVER_CLIENT: &str = "kubernetes.io/kube-apiserver-client";
@@ -78,6 +80,12 @@ impl CertificateRequest {
         for extension in request.requested_extensions().into_iter().flatten() {
             if let ParsedExtension::SubjectAlternativeName(names) = extension {
                 parsed.add_names(&names.general_names)?;
+            }
+        }
+        for attribute in info.iter_attributes() {
+            if let ParsedCriAttribute::ExtensionRequest(asked) = attribute.parsed_attribute() {
+                let names = asked.extensions.iter().find(|e| e.oid == OID_X509_EXT_SUBJECT_ALT_NAME);
+                parsed.alternative_names = names.map(|extension| extension.value.to_vec());
             }
         }
         Ok(parsed)

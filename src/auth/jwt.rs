@@ -149,7 +149,8 @@ pub fn verify<T: serde::de::DeserializeOwned>(token: &str, keys: &[SigningKey]) 
     serde_json::from_slice(&decode(claims)?).map_err(|_| JwtError::Malformed)
 }
 
-fn pem(label: &str, der: &[u8]) -> String {
+/// PEM of a DER value.
+pub(super) fn pem(label: &str, der: &[u8]) -> String {
     let body = base64::engine::general_purpose::STANDARD.encode(der);
     let mut text = format!("-----BEGIN {label}-----\n");
     for line in body.as_bytes().chunks(64) {

@@ -17,7 +17,8 @@
 //! | [`node`] | the node authorizer |
 //! | [`rbac`] | roles, bindings, the bootstrap policy |
 //! | [`reviews`], [`token_request`] | answers to access and token reviews; fresh service-account tokens |
-//! | [`certificates`] | certificate signing requests |
+//! | [`certificates`], [`signer`] | certificate signing requests; the built-in signers |
+//! | [`follow`] | loops over the few objects under one prefix |
 //! | [`security`] | [`Security`]: all of it put together, in the order that the server starts it |
 //! | [`live`], [`objects`] | how all of them read the store |
 //!
@@ -25,12 +26,14 @@
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
 //! | [`pki::ServerLeaf::keep_fresh`] | the serving certificate | with the listener | with the server |
+//! | certificate signers | nothing | [`Security::spawn_signer`] | with the server |
 
 pub mod attributes;
 pub mod authn;
 pub mod authorizer;
 pub mod bootstrap_token;
 pub mod certificates;
+pub mod follow;
 pub mod identity;
 pub mod impersonation;
 pub mod jwt;
@@ -42,6 +45,7 @@ pub mod rbac;
 pub mod reviews;
 pub mod security;
 pub mod service_account;
+pub mod signer;
 pub mod token_request;
 pub mod x509;
 

@@ -84,6 +84,18 @@ impl Objects {
         self.rows(&prefix(group, plural, namespace))?.iter().map(decode).collect()
     }
 
+    /// All objects of a resource with `metadata.resourceVersion`, fit to be sent back to the API.
+    pub fn list_versioned(&self, group: &str, plural: &str) -> Result<Vec<serde_json::Value>, ObjectError> {
+        let rows = self.rows(&prefix(group, plural, ""))?;
+        rows.iter()
+            .map(|row| {
+                let mut object: serde_json::Value = decode(row)?;
+                object["metadata"]["resourceVersion"] = row.mod_revision.to_string().into();
+                Ok(object)
+            })
+            .collect()
+    }
+
     /// All rows under a key prefix.
     pub fn rows(&self, prefix: &str) -> Result<Vec<KeyValue>, ObjectError> {
         let start = Bytes::copy_from_slice(prefix.as_bytes());

@@ -81,7 +81,7 @@ fn strings(value: &Value) -> Vec<String> {
 }
 
 /// The user that a SubjectAccessReview asks about.
-fn asked_user(spec: &Value) -> UserInfo {
+pub(super) fn asked_user(spec: &Value) -> UserInfo {
     let text = |key: &str| spec[key].as_str().unwrap_or("").to_owned();
     let extra = spec["extra"].as_object().into_iter().flatten();
     UserInfo {

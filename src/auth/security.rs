@@ -8,14 +8,17 @@
 //!    as [`Identity::apiserver`](super::Identity::apiserver).
 //! 5. [`Security::write_admin_kubeconfig`], and the server is ready.
 
+use super::follow::{Client, follow};
 use super::pki::{ClusterKey, ClusterKeys, PkiError, ServerLeaf, clock, files, record, server_leaf};
 use super::reviews::Answers;
-use super::{Authenticator, Authorizer, ServiceAccountTokens};
+use super::signer::{self, Signer};
+use super::{Authenticator, Authorizer, Identity, ServiceAccountTokens};
 use crate::admission::Admission;
 use crate::apiserver::ApiServer;
 use crate::apiserver::backend::Backend;
 use crate::apiserver::body::Body;
 use crate::apiserver::listener::{Limits, ListenError, Listener};
+use futures::FutureExt;
 use http::{HeaderValue, Response, header};
 use serde_json::json;
 use std::net::{IpAddr, SocketAddr};
@@ -105,6 +108,27 @@ impl Security {
         let keys: Vec<_> = self.keys.service_account.iter().map(|key| key.jwk()).collect();
         serve_document(server, "/.well-known/openid-configuration", "application/json", configuration.to_string());
         serve_document(server, "/openid/v1/jwks", "application/jwk-set+json", json!({ "keys": keys }).to_string());
+    }
+
+    /// Runs the built-in certificate signers, whenever this server leads, until `shutdown`.
+    pub fn spawn_signer(
+        &self,
+        server: &ApiServer,
+        leadership: watch::Receiver<bool>,
+        shutdown: &tokio_util::sync::CancellationToken,
+    ) -> tokio::task::JoinHandle<()> {
+        let objects = self.authorizer.objects().clone();
+        let signer = Arc::new(Signer {
+            keys: self.keys.clone(),
+            authorizer: self.authorizer.clone(),
+            client: Client::new(crate::apiserver::client(server, Identity::controller("certificate-controller"))),
+        });
+        let store = objects.store().clone();
+        let sweep = move || {
+            let (signer, objects) = (signer.clone(), objects.clone());
+            async move { signer.sweep(&objects).await }.boxed()
+        };
+        tokio::spawn(follow(store, signer::PREFIX, leadership, shutdown.clone(), sweep))
     }
 
     /// Binds the TLS listener and keeps its certificate fresh until `shutdown`.

@@ -195,6 +195,7 @@ impl Server {
                 shutdown: shutdown.clone(),
             }),
         ));
+        tasks.push(("certificate signer", security.spawn_signer(&api, raft.leadership(), &shutdown)));
         tasks.push(("upkeep", tokio::spawn(upkeep::run(api.clone(), raft.leadership(), shutdown.clone()))));
         if settings.agent {
             tasks.push(("agent", start_agent(&api, &settings, node_ips, shutdown.clone())));

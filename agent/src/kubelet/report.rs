@@ -64,6 +64,17 @@ fn conditions(old: Option<&Value>, new: &[Value]) -> Option<Value> {
     (!changed.is_empty()).then_some(Value::Array(changed))
 }
 
+/// Whether `new` says nothing but that a later generation was seen: worth reporting, but not at once.
+pub fn is_only_newer(old: &PodStatus, new: &PodStatus) -> bool {
+    let mut aged = new.clone();
+    aged.observed_generation = old.observed_generation;
+    for condition in aged.conditions.iter_mut().flatten() {
+        let before = super::status::condition(old, &condition.type_);
+        condition.observed_generation = before.and_then(|before| before.observed_generation);
+    }
+    patch("", old, &aged).is_none()
+}
+
 /// Whether the API shows something else than what was computed, in what the kubelet owns.
 pub fn differs(uid: &str, api: &PodStatus, computed: &PodStatus) -> bool {
     patch(uid, api, computed).is_some()
@@ -85,6 +96,18 @@ mod tests {
 
     fn status(value: Value) -> PodStatus {
         serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn a_generation_alone_is_no_news() {
+        let old = status(json!({"phase": "Running", "observedGeneration": 1,
+            "conditions": [{"type": "Ready", "status": "True", "observedGeneration": 1}]}));
+        let mut new = old.clone();
+        new.observed_generation = Some(2);
+        new.conditions.as_mut().unwrap()[0].observed_generation = Some(2);
+        assert!(is_only_newer(&old, &new));
+        new.phase = Some("Failed".into());
+        assert!(!is_only_newer(&old, &new));
     }
 
     #[test]

@@ -32,6 +32,9 @@ use super::{admission, files, mirror, report};
 use crate::runtime::{ContainerFilter, ContainerState, PodSandboxFilter, RuntimeError};
 use crate::volume::pod_volumes;
 
+/// How long a status waits that says nothing but that a later generation was seen.
+const GENERATION_DELAY: Duration = Duration::from_millis(500);
+
 /// What the pod should be now. Later ones replace earlier ones.
 #[derive(Debug, Clone)]
 pub struct Wanted {
@@ -112,6 +115,8 @@ pub struct Worker {
     /// When containers that could not be started are tried again.
     not_before: BTreeMap<String, Instant>,
     report_at: Option<Instant>,
+    /// When a status that is new only in its generation is written.
+    minor_report_at: Option<Instant>,
 }
 
 fn version(pod: &Pod) -> u64 {
@@ -165,6 +170,7 @@ impl Worker {
             plan_at: None,
             not_before: BTreeMap::new(),
             report_at: None,
+            minor_report_at: None,
             pod: wanted.pod,
             context,
         }
@@ -442,10 +448,18 @@ impl Worker {
         if !may_write || self.report_at.is_some_and(|at| at > Instant::now()) {
             return;
         }
-        self.report_at = None;
+        let due = self.report_at.take().is_some();
+        let minor_due = self.minor_report_at.is_some_and(|at| at <= Instant::now());
         if !report::differs(containers::uid(&self.pod), &self.reported, &self.status) {
+            self.minor_report_at = None;
             return;
         }
+        // A writer of the specification would lose a race against each of these.
+        if !due && !minor_due && report::is_only_newer(&self.reported, &self.status) {
+            self.minor_report_at.get_or_insert_with(|| Instant::now() + GENERATION_DELAY);
+            return;
+        }
+        self.minor_report_at = None;
         let (api, pod) = (self.context.api.clone(), self.pod.clone());
         let (old, new) = (self.reported.clone(), self.status.clone());
         self.in_report = new.clone();
@@ -515,7 +529,7 @@ impl Worker {
             Instant::now() + at.duration_since(SystemTime::now()).unwrap_or_default()
         });
         let act = self.act_at.filter(|_| self.action.is_none());
-        let report = self.report_at.filter(|_| self.report.is_none());
+        let report = self.report_at.into_iter().chain(self.minor_report_at).min().filter(|_| self.report.is_none());
         let idle = self.action.is_none() && self.stage == Stage::Running;
         let plan = self.not_before.values().copied().chain(self.plan_at).min().filter(|_| idle);
         [renew, deadline, act, report, plan].into_iter().flatten().min()

@@ -120,6 +120,10 @@ impl Authority {
         self.issuer.key().serialize_pem()
     }
 
+    pub(super) fn key_der(&self) -> Vec<u8> {
+        self.issuer.key().serialize_der()
+    }
+
     pub fn not_before(&self) -> SystemTime {
         self.not_before
     }

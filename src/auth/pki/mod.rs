@@ -15,6 +15,7 @@
 //! | [`server_leaf`] | the listener's certificate, swapped while connections live |
 //! | [`files`] | what is written under the data dir: CA copies, tokens, kubeconfigs |
 //! | [`join_token`] | `K10<hash>::<user>:<secret>` |
+//! | [`sign`] | certificates for the keys of others |
 //! | [`clock`] | waits out a clock that cannot be right |
 
 pub mod authority;
@@ -25,6 +26,7 @@ pub mod join_token;
 pub mod record;
 pub mod seal;
 pub mod server_leaf;
+pub mod sign;
 
 pub use authority::{Authority, Leaf, LeafRequest, Usage};
 pub use cluster_keys::ClusterKeys;

@@ -288,4 +288,60 @@ mod tests {
         poorer["metadata"]["annotations"][AUTOUPDATE] = "false".into();
         assert_eq!(repaired(&poorer, &wanted), None);
     }
+
+    #[test]
+    fn the_policy_gives_each_caller_its_part() {
+        use crate::auth::objects::testing::World;
+        use crate::auth::{Attributes, Authorizer, Identity, UserInfo};
+        let mut world = World::new();
+        for o in objects().unwrap() {
+            world.put(GROUP, o.plural, o.object);
+        }
+        let bind = json!({ "metadata": { "name": "jane", "namespace": "a" }, "subjects": [{ "kind": "User", "name": "jane" }],
+            "roleRef": { "kind": "ClusterRole", "name": "view" } });
+        world.put(GROUP, "rolebindings", bind);
+        let authorizer = Authorizer::new(world.objects.store().clone());
+        let named = |name: &str| Identity::in_process(name, &[]);
+        let anonymous = UserInfo {
+            name: "system:anonymous".into(),
+            groups: vec!["system:unauthenticated".into()],
+            ..UserInfo::default()
+        };
+        let on = |verb, group, resource, namespace| Attributes {
+            verb,
+            group,
+            resource,
+            namespace,
+            is_resource: true,
+            ..Attributes::default()
+        };
+        let path = |path| Attributes { verb: "get", path, ..Attributes::default() };
+        let account = Identity::controller("stranger");
+        for (caller, request, allowed) in [
+            (&Identity::apiserver(), on("delete", "", "nodes", ""), true),
+            (&named("system:kube-scheduler"), on("list", "", "pods", ""), true),
+            (&named("system:kube-scheduler"), on("get", "", "secrets", "a"), false),
+            (&Identity::controller("replicaset-controller"), on("create", "", "pods", "a"), true),
+            (&Identity::controller("replicaset-controller"), on("create", "", "secrets", "a"), false),
+            (&Identity::controller("namespace-controller"), on("deletecollection", "x.io", "things", "a"), true),
+            (&Identity::node("n1"), on("watch", "", "services", ""), true),
+            (&Identity::node("n1"), on("watch", "discovery.k8s.io", "endpointslices", ""), true),
+            (&Identity::node("n1"), on("list", "", "secrets", ""), false),
+            (&Identity::node("n1"), on("create", "", "secrets", "a"), false),
+            (&named("jane"), on("list", "", "pods", "a"), true),
+            (&named("jane"), on("get", "", "secrets", "a"), false),
+            (&named("jane"), on("list", "", "pods", "b"), false),
+            (&named("jane"), on("create", "authorization.k8s.io", "selfsubjectaccessreviews", ""), true),
+            (&named("jane"), path("/openapi/v3"), true),
+            (&named("jane"), path("/metrics"), false),
+            (&account, path("/openid/v1/jwks"), true),
+            (&account, on("list", "", "pods", "kube-system"), false),
+        ] {
+            let decision = authorizer.authorize(caller, &request);
+            assert_eq!(decision.allowed, allowed, "{} {request:?}", caller.user().name);
+        }
+        for (at, allowed) in [("/readyz", true), ("/version", true), ("/api", false), ("/openid/v1/jwks", false)] {
+            assert_eq!(authorizer.authorize_user(&anonymous, &path(at)).allowed, allowed, "{at}");
+        }
+    }
 }
