@@ -263,7 +263,7 @@ impl Container {
             output.splitter.finish(output.stream, &log::timestamp(log::now()), &mut entries);
             let _ = log.write(&entries);
         }
-        output.clients.retain_mut(|client| !client.unsent.is_empty() && client.flush());
+        output.clients.retain_mut(|client| client.flush() && !client.unsent.is_empty());
     }
 
     /// Its first process has ended: what it wrote before is in the log when this returns.
@@ -275,9 +275,9 @@ impl Container {
                     break;
                 }
             }
-            // Flush an unended line even when somebody else still holds the stream open.
+            // Flush an unended line even when somebody else still holds the stream open. Attached clients that read
+            // slowly still get what they have not read; they are let go by the loop.
             self.end_output(index);
-            self.outputs[index].clients.clear();
         }
         self.input = Input::default();
         self.terminal = None;

@@ -154,10 +154,13 @@ impl Server {
                 self.containers[number].pump(index, &mut self.scratch);
             }
             Source::OutputClient(number, index, place) => {
-                let clients = &mut self.containers[number].outputs[index].clients;
+                let output = &mut self.containers[number].outputs[index];
                 let lost = flags.intersects(PollFlags::POLLERR | PollFlags::POLLHUP);
-                if place < clients.len() && (lost || !clients[place].flush()) {
-                    clients.remove(place);
+                let ended = output.source.is_none();
+                if let Some(client) = output.clients.get_mut(place)
+                    && (lost || !client.flush() || (ended && client.unsent.is_empty()))
+                {
+                    output.clients.remove(place);
                 }
             }
             Source::Input(number) => self.containers[number].flush_input(),

@@ -95,10 +95,25 @@ pub async fn standard_input_and_attach() {
     assert_eq!(session.exit.await.unwrap(), 9);
     let again = node.runtime.attach(&request).await;
     assert!(matches!(again, Err(RuntimeError::WrongState(_))));
+    // One that reads late gets all of it, also what was said right before the end.
+    let mut config = node.script("read go; head -c 200000 /dev/zero | tr '\\0' z; exit 0");
+    config.stdin = true;
+    let id = node.runtime.create_container(&sandbox, &config).await.unwrap();
+    node.runtime.start_container(&id).await.unwrap();
+    let request = AttachRequest { container_id: id.clone(), stdin: true, stdout: true, stderr: false };
+    let mut session = node.runtime.attach(&request).await.unwrap();
+    session.stdin.as_mut().unwrap().write_all(b"go\n").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let reader = tokio::spawn(async move { read_all(&mut session.stdout).await.len() });
+    node.wait(&id, ContainerState::Exited).await;
+    assert_eq!(reader.await.unwrap(), 200_000);
     // A client that does not read holds the container back, and lets go when it leaves.
     let id = node
         .runtime
-        .create_container(&sandbox, &node.script("yes | head -c 3000000; echo done >&2; sleep 1000"))
+        .create_container(
+            &sandbox,
+            &node.script("yes $(head -c 1000 /dev/zero | tr '\\0' x) | head -c 3000000; echo done >&2; sleep 1000"),
+        )
         .await
         .unwrap();
     node.runtime.start_container(&id).await.unwrap();
