@@ -218,6 +218,11 @@ impl Node {
         Node { inner: Arc::new(inner) }
     }
 
+    /// This member's id.
+    pub fn id(&self) -> u64 {
+        *self.inner.raft.node_id()
+    }
+
     /// The state, for reading.
     pub fn store(&self) -> &Store {
         &self.inner.store

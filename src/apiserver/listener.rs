@@ -1,5 +1,5 @@
-//! The TLS listener: HTTP/1.1 and HTTP/2 on one port, credentials checked before anything else sees the request, and bounds
-//! on all that a stranger can make us hold.
+//! The TLS listener: HTTP/1.1, HTTP/2 and [protocols of our own](super::protocols) on one port, credentials checked before
+//! anything else sees the request, and bounds on all that a stranger can make us hold.
 //!
 //! | bound | value |
 //! | --- | --- |
@@ -10,6 +10,7 @@
 //! | a request that is not a watch, log, exec, attach, port-forward or proxy | 60 s |
 
 use super::body::Body;
+use super::protocols::{self, Protocols, TlsStream};
 use super::status::Status;
 use crate::auth::pki::{PkiError, ServerLeaf};
 use crate::auth::{Authenticator, Authorizer, PeerCertificate, impersonation};
@@ -26,6 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::Service;
 use tower::util::BoxCloneSyncService;
 
@@ -88,7 +91,10 @@ struct Shared {
     authenticator: Authenticator,
     authorizer: Authorizer,
     limits: Limits,
+    protocols: Protocols,
     connections: Arc<Semaphore>,
+    /// Connections that may carry requests of the API; these are drained.
+    draining: TaskTracker,
 }
 
 impl Listener {
@@ -99,6 +105,7 @@ impl Listener {
         authenticator: Authenticator,
         authorizer: Authorizer,
         limits: Limits,
+        protocols: Protocols,
     ) -> Result<Listener, ListenError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
@@ -107,12 +114,19 @@ impl Listener {
             .with_client_cert_verifier(authenticator.tls_verifier())
             .with_cert_resolver(leaf);
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        config.alpn_protocols.extend(protocols::ALL.map(<[u8]>::to_vec));
         // A resumed session would carry a verdict on a certificate that was never shown again.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         let socket = TcpListener::bind(address).await.map_err(|source| ListenError::Bind { address, source })?;
-        let shared =
-            Shared { authenticator, authorizer, limits, connections: Arc::new(Semaphore::new(limits.connections)) };
+        let shared = Shared {
+            authenticator,
+            authorizer,
+            limits,
+            protocols,
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            draining: TaskTracker::new(),
+        };
         Ok(Listener { socket, shared: Arc::new(shared), acceptor: TlsAcceptor::from(Arc::new(config)) })
     }
 
@@ -121,7 +135,8 @@ impl Listener {
         self.socket.local_addr()
     }
 
-    /// Serves until `shutdown`; then takes nothing new, lets open requests finish for [`Limits::drain`] and returns.
+    /// Serves until `shutdown`; then takes nothing new, lets open requests finish for [`Limits::drain`], cuts connections of
+    /// other protocols and returns.
     pub async fn serve(self, service: ApiService, shutdown: CancellationToken) {
         let mut open = JoinSet::new();
         loop {
@@ -136,6 +151,7 @@ impl Listener {
                 acceptor: self.acceptor.clone(),
                 address,
                 shutdown: shutdown.clone(),
+                draining: self.shared.draining.token(),
             };
             let service = service.clone();
             open.spawn(async move {
@@ -144,9 +160,9 @@ impl Listener {
             });
         }
         drop(self.socket);
-        let drained = async { while open.join_next().await.is_some() {} };
-        if tokio::time::timeout(self.shared.limits.drain, drained).await.is_err() {
-            tracing::info!(connections = open.len(), "closing connections that are still busy");
+        self.shared.draining.close();
+        if tokio::time::timeout(self.shared.limits.drain, self.shared.draining.wait()).await.is_err() {
+            tracing::info!(connections = self.shared.draining.len(), "closing connections that are still busy");
         }
         open.shutdown().await;
     }
@@ -170,6 +186,7 @@ struct Connection {
     acceptor: TlsAcceptor,
     address: SocketAddr,
     shutdown: CancellationToken,
+    draining: TaskTrackerToken,
 }
 
 impl Connection {
@@ -184,7 +201,11 @@ impl Connection {
                 Err(_) => return tracing::debug!(address = %self.address, "TLS handshake timed out"),
             },
         };
-        let peer = self.shared.authenticator.judge(tls.get_ref().1.peer_certificates(), SystemTime::now());
+        if let Some(alpn) = tls.get_ref().1.alpn_protocol().filter(|alpn| protocols::ALL.contains(alpn)) {
+            let alpn = alpn.to_vec();
+            return self.hand_over(&alpn, tls).await;
+        }
+        let peer = self.judge(&tls);
         let door = Arc::new(Door { shared: self.shared.clone(), peer, address: self.address });
         let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
             let (door, service) = (door.clone(), service.clone());
@@ -215,6 +236,25 @@ impl Connection {
                     connection.as_mut().graceful_shutdown();
                 }
             }
+        }
+    }
+}
+
+impl Connection {
+    fn judge(&self, tls: &TlsStream) -> PeerCertificate {
+        self.shared.authenticator.judge(tls.get_ref().1.peer_certificates(), SystemTime::now())
+    }
+
+    /// Gives a connection that is no HTTP to its handler, if the peer's certificate is good.
+    async fn hand_over(self, alpn: &[u8], tls: TlsStream) {
+        let (peer, address) = (self.judge(&tls), self.address);
+        let Some(identity) = protocols::identity(peer) else {
+            return tracing::debug!(%address, "a connection that needs a client certificate came without a good one");
+        };
+        let Some(handler) = self.shared.protocols.handler(alpn) else { return };
+        drop(self.draining);
+        if AssertUnwindSafe(handler(tls, identity, address)).catch_unwind().await.is_err() {
+            tracing::error!(%address, "the handler of a connection panicked");
         }
     }
 }

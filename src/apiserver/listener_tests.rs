@@ -11,6 +11,7 @@ use tower::service_fn;
 struct Scene {
     address: SocketAddr,
     keys: Arc<ClusterKeys>,
+    protocols: Protocols,
     shutdown: CancellationToken,
     task: tokio::task::JoinHandle<()>,
     _world: World,
@@ -43,11 +44,12 @@ async fn scene(limits: Limits) -> Scene {
     let names = server_leaf::server_names("cluster.local", "n1", &[], &[]);
     let leaf = ServerLeaf::issue(keys.clone(), names, SystemTime::now()).unwrap();
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let listener = Listener::bind(any, leaf, authenticator, authorizer, limits).await.unwrap();
+    let protocols = Protocols::default();
+    let listener = Listener::bind(any, leaf, authenticator, authorizer, limits, protocols.clone()).await.unwrap();
     let address = listener.local_address().unwrap();
     let shutdown = CancellationToken::new();
     let task = tokio::spawn(listener.serve(ApiService::new(service_fn(api)), shutdown.clone()));
-    Scene { address, keys, shutdown, task, _world: world }
+    Scene { address, keys, protocols, shutdown, task, _world: world }
 }
 
 impl Scene {
@@ -161,6 +163,37 @@ async fn shutdown_ends_idle_connections_at_once_and_busy_ones_after_the_drain() 
     tokio::time::timeout(Duration::from_secs(5), scene.task).await.unwrap().unwrap();
     assert!(busy.await.unwrap());
     assert!(TcpStream::connect(scene.address).await.is_err());
+}
+
+#[tokio::test]
+async fn other_protocols_demand_a_certificate_and_are_cut_after_the_api_has_drained() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let scene = scene(Limits::default()).await;
+    let node = scene.certificate("system:node:n1", "system:nodes");
+    let (ended, mut handled) = tokio::sync::mpsc::channel::<()>(1);
+    let handler = move |mut tls: TlsStream, peer: protocols::PeerIdentity, _: SocketAddr| {
+        let ended = ended.clone();
+        async move {
+            let _ended = ended;
+            let name = peer.node_name().unwrap_or("?").to_owned();
+            tls.write_all(name.as_bytes()).await.unwrap();
+            std::future::pending().await
+        }
+        .boxed()
+    };
+    scene.protocols.on(protocols::LINK, Arc::new(handler));
+    let mut stranger = scene.tls(None, protocols::LINK).await;
+    assert!(matches!(stranger.read(&mut [0; 8]).await, Ok(0) | Err(_)), "no certificate");
+    let mut unknown = scene.tls(Some(&node), protocols::PEER).await;
+    assert!(matches!(unknown.read(&mut [0; 8]).await, Ok(0) | Err(_)), "no handler");
+    let mut link = scene.tls(Some(&node), protocols::LINK).await;
+    let mut name = [0; 2];
+    link.read_exact(&mut name).await.unwrap();
+    assert_eq!(&name, b"n1");
+    assert!(handled.try_recv().is_err());
+    scene.shutdown.cancel();
+    tokio::time::timeout(Duration::from_secs(2), scene.task).await.unwrap().unwrap();
+    assert!(matches!(link.read(&mut [0; 8]).await, Ok(0) | Err(_)));
 }
 
 #[test]

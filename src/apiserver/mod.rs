@@ -6,6 +6,7 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | [`listener`] | TLS, HTTP, credentials, bounds on what strangers can make us hold |
+//! | [`protocols`] | protocols of our own on the same port |
 //! | [`service`] | [`ApiServer`]: the whole API as one `tower::Service` |
 //! | [`limits`] | how many requests at once |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
@@ -45,6 +46,7 @@ pub mod object;
 pub mod openapi;
 pub mod options;
 pub mod patch;
+pub mod protocols;
 pub mod query;
 pub mod read;
 pub mod registry;

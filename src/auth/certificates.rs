@@ -1,5 +1,6 @@
 //! Certificate signing requests: what they ask for, and whether a built-in signer may sign it.
 
+use super::pki::server_name;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::Value;
 use x509_parser::certification_request::X509CertificationRequest;
@@ -117,6 +118,9 @@ fn refused(why: impl Into<String>) -> RequestError {
 
 /// Whether the signer may sign this request with these usages.
 pub fn check(signer: &str, request: &CertificateRequest, usages: &[&str]) -> Result<(), RequestError> {
+    if server_name::is_reserved(&request.common_name, &request.organizations, &request.dns_names) {
+        return Err(refused("the names of servers are not given to others"));
+    }
     match signer {
         KUBE_APISERVER_CLIENT => check_client_usages(usages),
         KUBELET_CLIENT => check_kubelet_client(request, usages),

@@ -9,7 +9,7 @@
 //! 5. [`Security::write_admin_kubeconfig`], and the server is ready.
 
 use super::follow::{Client, follow};
-use super::pki::{ClusterKey, ClusterKeys, PkiError, ServerLeaf, clock, files, record, server_leaf};
+use super::pki::{ClusterKey, ClusterKeys, PkiError, ServerLeaf, clock, files, record, server_leaf, server_name};
 use super::reviews::Answers;
 use super::signer::{self, Signer};
 use super::{Authenticator, Authorizer, Identity, ServiceAccountTokens};
@@ -18,6 +18,7 @@ use crate::apiserver::ApiServer;
 use crate::apiserver::backend::Backend;
 use crate::apiserver::body::Body;
 use crate::apiserver::listener::{Limits, ListenError, Listener};
+use crate::apiserver::protocols::Protocols;
 use futures::FutureExt;
 use http::{HeaderValue, Response, header};
 use serde_json::json;
@@ -44,6 +45,8 @@ pub enum SecurityError {
 pub struct ServingNames<'a> {
     pub cluster_domain: &'a str,
     pub node_name: &'a str,
+    /// This server's id among servers.
+    pub server_id: u64,
     /// Advertised address, bind address, first address of the service range, ...
     pub addresses: &'a [IpAddr],
     /// `--tls-san`.
@@ -131,17 +134,21 @@ impl Security {
         tokio::spawn(follow(store, signer::PREFIX, leadership, shutdown.clone(), sweep))
     }
 
-    /// Binds the TLS listener and keeps its certificate fresh until `shutdown`.
+    /// Binds the TLS listener and keeps its certificate fresh until `shutdown`. What is no HTTP goes to `protocols`.
     pub async fn listen(
         &self,
         address: SocketAddr,
         names: &ServingNames<'_>,
+        protocols: Protocols,
         shutdown: &tokio_util::sync::CancellationToken,
     ) -> Result<Listener, ListenError> {
-        let names = server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, names.configured);
+        let server = server_name::dns_name(names.server_id);
+        let configured = &[std::slice::from_ref(&server), names.configured].concat();
+        let names = server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, configured);
         let leaf = ServerLeaf::issue(self.keys.clone(), names, SystemTime::now())?;
         let (authenticator, authorizer) = (self.authenticator.clone(), self.authorizer.clone());
-        let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default()).await?;
+        let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default(), protocols);
+        let listener = listener.await?;
         tokio::spawn(leaf.keep_fresh(shutdown.clone()));
         Ok(listener)
     }

@@ -40,7 +40,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
-use crate::apiserver::{ApiServer, backend::Backend, service::Parts};
+use crate::apiserver::{ApiServer, backend::Backend, protocols::Protocols, service::Parts};
 use crate::auth::security::ServingNames;
 use crate::auth::{Identity, Security, rbac};
 use crate::controllers;
@@ -167,15 +167,17 @@ impl Server {
         let started = Arc::new(AtomicBool::new(false));
         add_health_checks(&api, &raft, &started, clock_problem);
 
+        let protocols = Protocols::default();
         let mut addresses = node_ips.clone();
         addresses.extend([advertise, settings.bind_address, service_ip]);
         let names = ServingNames {
             cluster_domain: &settings.cluster_domain,
             node_name: &settings.node_name,
+            server_id: raft.id(),
             addresses: &addresses,
             configured: &settings.tls_san,
         };
-        let listener = security.listen(listen, &names, &shutdown).await?;
+        let listener = security.listen(listen, &names, protocols, &shutdown).await?;
         let service = BoxCloneSyncService::new(api.clone());
         let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
 

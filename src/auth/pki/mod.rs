@@ -14,6 +14,7 @@
 //! | [`record`] | loads the sealed record from the store, or creates it once |
 //! | [`server_leaf`] | the listener's certificate, swapped while connections live |
 //! | [`files`] | what is written under the data dir: CA copies, tokens, kubeconfigs |
+//! | [`server_name`] | the names of servers among themselves |
 //! | [`join_token`] | `K10<hash>::<user>:<secret>` |
 //! | [`sign`] | certificates for the keys of others |
 //! | [`clock`] | waits out a clock that cannot be right |
@@ -26,6 +27,7 @@ pub mod join_token;
 pub mod record;
 pub mod seal;
 pub mod server_leaf;
+pub mod server_name;
 pub mod sign;
 
 pub use authority::{Authority, Leaf, LeafRequest, Usage};
