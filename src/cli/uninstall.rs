@@ -14,7 +14,7 @@ use super::args::{DATA_DIR, KUBECONFIG, UninstallArgs};
 use super::kubectl;
 use crate::server::lock::DataDirLock;
 
-const UNIT: &str = "/etc/systemd/system/coracle.service";
+const UNITS: &str = "/etc/systemd/system";
 const BINARY: &str = "/usr/local/bin/coracle";
 /// How long a server may take to stop before it is killed.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ pub fn run(args: UninstallArgs) -> anyhow::Result<ExitCode> {
     }
     let mut errors = Vec::new();
     if whole {
-        stop_unit(&mut errors);
+        stop_units(&mut errors);
     }
     // The name of an instance follows from its folder, so it is taken before the folder goes.
     let instance = Instance::of(&data_dir);
@@ -64,18 +64,38 @@ pub fn run(args: UninstallArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn stop_unit(errors: &mut Vec<String>) {
-    if !Path::new(UNIT).exists() {
-        return;
+/// The units that install.sh made for the installed binary: `coracle`, `coracle-agent` or another name.
+fn units(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let ours = |path: &Path| {
+        let start = format!("ExecStart={BINARY} ");
+        std::fs::read_to_string(path).is_ok_and(|text| text.lines().any(|line| line.starts_with(&start)))
+    };
+    let names = entries.flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        (name.starts_with("coracle") && name.ends_with(".service") && ours(&entry.path())).then_some(name)
+    });
+    names.collect()
+}
+
+fn stop_units(errors: &mut Vec<String>) {
+    let units = units(Path::new(UNITS));
+    let systemctl = kubectl::find("systemctl");
+    let control = |args: &[&str]| {
+        if let Some(systemctl) = &systemctl {
+            let _ = Command::new(systemctl).args(args).output();
+        }
+    };
+    for unit in &units {
+        control(&["disable", "--now", unit]);
+        control(&["reset-failed", unit]);
+        for path in [format!("{UNITS}/{unit}"), format!("{UNITS}/{unit}.env")] {
+            remove(Path::new(&path), errors);
+        }
     }
-    let Some(systemctl) = kubectl::find("systemctl") else { return };
-    for args in [&["disable", "--now", "coracle"][..], &["reset-failed", "coracle"]] {
-        let _ = Command::new(&systemctl).args(args).output();
+    if !units.is_empty() {
+        control(&["daemon-reload"]);
     }
-    for path in [UNIT.to_owned(), format!("{UNIT}.env")] {
-        remove(Path::new(&path), errors);
-    }
-    let _ = Command::new(&systemctl).arg("daemon-reload").output();
 }
 
 fn stop_server(data_dir: &Path, errors: &mut Vec<String>) {
@@ -134,6 +154,20 @@ fn remove(path: &Path, errors: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_units_of_the_installed_binary_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("coracle.service", "[Service]\nExecStart=/usr/local/bin/coracle server \n");
+        write("coracle-agent.service", "[Service]\nExecStart=/usr/local/bin/coracle agent '--node-name=a'\n");
+        write("coracle-other.service", "[Service]\nExecStart=/opt/bin/coracle server\n");
+        write("coracles.service.env", "ExecStart=/usr/local/bin/coracle server\n");
+        write("else.service", "[Service]\nExecStart=/usr/local/bin/coracle server\n");
+        let mut found = units(dir.path());
+        found.sort();
+        assert_eq!(found, ["coracle-agent.service", "coracle.service"]);
+    }
 
     #[test]
     fn escaped_paths_are_read_back() {

@@ -5,14 +5,15 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Retries a condition until it holds; fails with its last words after the deadline (seconds).
+/// Retries a condition (a `Result<_, String>`; `?` works in it) until it holds; fails with its last words after the deadline (seconds).
 #[macro_export]
 macro_rules! assert_eventually {
     ($seconds:expr, $what:expr, $condition:expr) => {{
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs($seconds);
+        #[allow(unused_mut, reason = "most conditions change nothing")]
+        let mut attempt = || -> Result<_, String> { $condition };
         loop {
-            let last: Result<_, String> = $condition;
-            match last {
+            match attempt() {
                 Ok(value) => break value,
                 Err(why) if std::time::Instant::now() > deadline => {
                     panic!("{} not within {} s: {}", $what, $seconds, why)
@@ -28,14 +29,41 @@ pub fn binary() -> PathBuf {
     std::env::var_os("CORACLE_BIN").map_or_else(|| env!("CARGO_BIN_EXE_coracle").into(), PathBuf::from)
 }
 
-fn run(command: &mut Command) -> Output {
+/// Runs a command that must succeed.
+pub fn run(command: &mut Command) -> Output {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(output.status.success(), "{command:?} failed: {}", String::from_utf8_lossy(&output.stderr));
     output
 }
 
-fn ip(args: &str) {
+/// Runs `ip`.
+pub fn ip(args: &str) {
     run(Command::new("ip").args(args.split_whitespace()));
+}
+
+/// The first process of a pod's container, seen from the machine.
+pub fn container_of(uid: &str) -> Result<u32, String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // What ends meanwhile is not found, which is right.
+        if std::fs::read_to_string(entry.path().join("cgroup")).is_ok_and(|cgroups| cgroups.contains(uid)) {
+            found.push(pid);
+        }
+    }
+    found.into_iter().min().ok_or_else(|| "no process".to_owned())
+}
+
+/// What a process says of itself: a field of `/proc/PID/status`.
+pub fn status_of(pid: u32, field: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {field} in {status}")).trim().to_owned()
+}
+
+/// kill -9.
+pub fn kill9(pid: u32) {
+    run(Command::new("kill").arg("-9").arg(pid.to_string()));
 }
 
 /// A machine: a network namespace with an `eth0`, whose other end is in a second namespace that stands for the outside.

@@ -1,9 +1,7 @@
 //! What dies comes back, and what lives is left alone.
 
-use std::process::Command;
-
 use crate::assert_eventually;
-use crate::harness::Server;
+use crate::harness::{Server, container_of, kill9, status_of};
 use crate::web;
 
 fn pods(server: &Server) -> Vec<(String, String)> {
@@ -55,21 +53,8 @@ fn a_killed_container_is_restarted_and_a_deleted_pod_replaced() {
     let victim = &before[0].0;
     let ip = server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.status.podIP}"]);
     assert!(!ip.is_empty());
-    server.kubectl_try(&["exec", victim, "--", "/bin/kill", "-9", "1"]).ok();
-    // The first process of a pid namespace cannot be killed from inside it: from the host it can.
     let uid = server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.metadata.uid}"]);
-    let pids = Command::new("sh")
-        .arg("-c")
-        .arg(format!("grep -l {uid} /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3"))
-        .output()
-        .unwrap();
-    let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
-    for pid in pids.split_whitespace() {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if !name.contains("shim") {
-            let _ = Command::new("kill").args(["-9", pid]).status();
-        }
-    }
+    kill9(container_of(&uid).unwrap());
     assert_eventually!(60, "the container is restarted", {
         let count =
             server.kubectl(&["get", "pod", victim, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"]);
@@ -82,4 +67,29 @@ fn a_killed_container_is_restarted_and_a_deleted_pod_replaced() {
         if ready == "3" { Ok(()) } else { Err(ready) }
     });
     assert!(!pods(&server).iter().any(|(name, _)| name == replaced));
+}
+
+#[test]
+fn a_pod_whose_shim_is_killed_restarts_and_leaks_nothing() {
+    let mut server = Server::start(&[]);
+    server.kubectl(&["run", "web", "--image=coracle.local/hello", "--port=8080"]);
+    server.kubectl(&["wait", "pod/web", "--for=condition=Ready", "--timeout=60s"]);
+    let uid = server.kubectl(&["get", "pod", "web", "-o", "jsonpath={.metadata.uid}"]);
+    let container = container_of(&uid).unwrap();
+    let shim: u32 = status_of(container, "PPid").parse().unwrap();
+    assert_eq!(status_of(shim, "Name"), "coracle-shim");
+    kill9(shim);
+    let now = assert_eventually!(60, "another container runs", {
+        let now = container_of(&uid)?;
+        let gone = !std::path::Path::new(&format!("/proc/{container}")).exists();
+        if now != container && gone { Ok(now) } else { Err(format!("{now}, before {container}")) }
+    });
+    assert_ne!(status_of(now, "PPid"), shim.to_string());
+    server.kubectl(&["wait", "pod/web", "--for=condition=Ready", "--timeout=60s"]);
+    let ip = server.kubectl(&["get", "pod", "web", "-o", "jsonpath={.status.podIP}"]);
+    server.fetch(&format!("http://{ip}:8080/"), false).expect("the pod answers");
+    server.kubectl(&["delete", "pod", "web", "--timeout=60s"]);
+    assert!(container_of(&uid).is_err());
+    assert!(server.uninstall().status.success());
+    assert_eq!(server.host.leftovers(), "");
 }

@@ -7,6 +7,7 @@ mod harness;
 
 mod bad_input;
 mod healing;
+mod install;
 mod kubectl;
 mod network;
 mod uninstall;
