@@ -144,7 +144,11 @@ fn serve(mut writer: Writer, jobs: &Receiver<Job>) -> io::Result<()> {
                     compacting = writer.compact_step(COMPACT_STEP).map_err(io::Error::other)?;
                 }
             }
-            Job::Pin(done) => drop(done.send(writer.pin())),
+            Job::Pin(done) => {
+                // The log before the snapshot will go: the state on disk must not stay behind it.
+                writer.lower().map_err(io::Error::other)?;
+                drop(done.send(writer.pin()));
+            }
             Job::Restore { path, done } => drop(done.send(restore(&mut writer, &path))),
             Job::Stop => return writer.flush().map_err(io::Error::other),
         }

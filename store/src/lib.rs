@@ -13,13 +13,13 @@
 //! | [`store`] | [`Store`]: the read handle; ranges, leases, pinned snapshots |
 //! | [`watch`] | event rings and [`Watcher`]s |
 //! | [`rows`] | how keys, revisions and values are laid out as rows of the engine |
-//! | [`engine`] | the ordered byte map underneath: `memory` and `sled` |
+//! | [`engine`] | the ordered byte map underneath: `memory`, and `sled` behind a layer of recent rows |
 //!
 //! The state is a materialised view: durability is the consensus log's and the snapshot file's concern (crate
 //! `coracle-raft`), which is why nothing here calls `fsync`.
 //!
 //! # Tasks
-//! None of its own. The [`Writer`] belongs to the one thread that applies the log; [`Store`] handles may be used from any
+//! The thread `coracle-view` takes layers of rows down to sled. The [`Writer`] belongs to the one thread that applies the log; [`Store`] handles may be used from any
 //! thread and never block it for longer than the copy of an event list.
 #![forbid(unsafe_code)]
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+use crate::engine::layered::Layered;
 use crate::engine::memory::Memory;
-use crate::engine::sled::Sled;
 use crate::engine::{Backend, Engine, EngineError};
 use crate::rows;
 use crate::types::{KeyValue, RangeRequest, RangeResponse};
@@ -94,7 +94,7 @@ impl Store {
     pub fn open(options: Options) -> Result<(Store, Writer), StoreError> {
         let engine: Box<dyn Engine> = match &options.backend {
             Backend::Memory => Box::new(Memory::default()),
-            Backend::Sled { dir, cache_capacity } => Box::new(Sled::open(dir, *cache_capacity)?),
+            Backend::Sled { dir, cache_capacity } => Box::new(Layered::open(dir, *cache_capacity)?),
         };
         let revision = rows::number(engine.get(rows::REVISION)?);
         let compacted = rows::number(engine.get(rows::COMPACTED)?);
@@ -149,10 +149,9 @@ impl Store {
             *last = 1;
         }
         let start = rows::version_row(key, revision);
-        match self.shared.engine.scan(start, end.freeze()).next() {
+        match self.shared.engine.newest(start, end.freeze())? {
             None => Ok(None),
-            Some(row) => {
-                let (row, value) = row?;
+            Some((row, value)) => {
                 let (key, revision) = rows::split_version_row(&row).ok_or_else(|| StoreError::damaged(&row))?;
                 rows::decode_value(key, revision, &value).ok_or_else(|| StoreError::damaged(&row))
             }

@@ -94,7 +94,7 @@ impl Writer {
             if kv.lease != 0 {
                 batch.put(rows::lease_key_row(kv.lease, &kv.key), Bytes::new());
             }
-            batch.put(rows::version_row(&kv.key, kv.mod_revision), rows::encode_value(&kv, false));
+            batch.insert(rows::version_row(&kv.key, kv.mod_revision), rows::encode_value(&kv, false));
             if batch.rows.len() >= RESTORE_BATCH {
                 shared.engine.write(std::mem::take(&mut batch)).map_err(StoreError::from)?;
             }
@@ -113,6 +113,11 @@ impl Writer {
         shared.hub.restart(snapshot.revision, || shared.revision.store(snapshot.revision, Ordering::Release));
         self.meta = snapshot.meta;
         Ok(())
+    }
+
+    /// Begins to hand what was applied so far to the operating system.
+    pub fn lower(&self) -> Result<(), StoreError> {
+        Ok(self.store.shared.engine.lower()?)
     }
 
     /// Hands everything to the operating system before a clean stop.
@@ -313,7 +318,7 @@ impl<'a> Pending<'a> {
                 self.batch.put(rows::lease_key_row(lease, &key), Bytes::new());
             }
         }
-        self.batch.put(rows::version_row(&key, write.revision), rows::encode_value(&kv, false));
+        self.batch.insert(rows::version_row(&key, write.revision), rows::encode_value(&kv, false));
         self.heads.insert(key, Some(kv.clone()));
         self.event(EventKind::Put, kv, prev.clone(), write);
         Ok(prev)
@@ -329,7 +334,7 @@ impl<'a> Pending<'a> {
             version: 0,
             lease: 0,
         };
-        self.batch.put(rows::version_row(&key, write.revision), rows::encode_value(&gone, true));
+        self.batch.insert(rows::version_row(&key, write.revision), rows::encode_value(&gone, true));
         self.heads.insert(key, None);
         self.event(EventKind::Delete, gone, Some(prev), write);
     }
@@ -360,7 +365,9 @@ impl<'a> Pending<'a> {
     }
 
     fn event(&mut self, kind: EventKind, kv: KeyValue, prev: Option<KeyValue>, write: &mut Write) {
-        self.batch.put(rows::event_row(write.revision, write.events), kv.key.clone());
+        // A copy: a part of the command would keep all of it in memory.
+        let key = Bytes::copy_from_slice(&kv.key);
+        self.batch.insert(rows::event_row(write.revision, write.events), key);
         write.events += 1;
         self.events.push(Arc::new(Event::new(kind, kv, prev)));
     }

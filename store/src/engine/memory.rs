@@ -6,10 +6,10 @@ use std::ops::Bound;
 use bytes::Bytes;
 use parking_lot::RwLock;
 
-use super::{Batch, Engine, EngineError, Row};
+use super::{Batch, Engine, EngineError, Row, Write};
 
 /// Rows copied under one lock by a scan.
-const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 128;
 
 /// A `BTreeMap` behind a lock; scans take the lock for a chunk of rows at a time, so they never hold up the writer.
 #[derive(Default)]
@@ -51,10 +51,10 @@ impl Engine for Memory {
 
     fn write(&self, batch: Batch) -> Result<(), EngineError> {
         let mut rows = self.rows.write();
-        for (row, value) in batch.rows {
-            match value {
-                Some(value) => rows.insert(row, value),
-                None => rows.remove(&row),
+        for (row, write) in batch.rows {
+            match write {
+                Write::Insert(value) | Write::Put(value) => rows.insert(row, value),
+                Write::Remove => rows.remove(&row),
             };
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::{Batch, Engine, EngineError, Row};
+use super::{Batch, Engine, EngineError, Row, Write};
 
 /// A sled tree.
 pub struct Sled {
@@ -32,6 +32,16 @@ impl Sled {
             .map_err(failed("opening the sled directory"))?;
         Ok(Sled { db })
     }
+
+    /// Sets one row. Readers are not held up as they are by a batch.
+    pub(super) fn put(&self, row: &[u8], value: &[u8]) -> Result<(), EngineError> {
+        self.db.insert(row, value).map(|_| ()).map_err(failed("writing a row"))
+    }
+
+    /// Removes one row.
+    pub(super) fn remove(&self, row: &[u8]) -> Result<(), EngineError> {
+        self.db.remove(row).map(|_| ()).map_err(failed("removing a row"))
+    }
 }
 
 fn to_bytes(v: sled::IVec) -> Bytes {
@@ -55,10 +65,10 @@ impl Engine for Sled {
 
     fn write(&self, batch: Batch) -> Result<(), EngineError> {
         let mut out = sled::Batch::default();
-        for (row, value) in batch.rows {
-            match value {
-                Some(value) => out.insert(row.as_ref(), value.as_ref()),
-                None => out.remove(row.as_ref()),
+        for (row, write) in batch.rows {
+            match write {
+                Write::Insert(value) | Write::Put(value) => out.insert(row.as_ref(), value.as_ref()),
+                Write::Remove => out.remove(row.as_ref()),
             }
         }
         self.db.apply_batch(out).map_err(failed("writing a batch"))
