@@ -88,7 +88,7 @@ impl Authenticator {
         if let PeerCertificate::Verified { user, not_after } = peer
             && now <= *not_after
         {
-            return Ok(Identity::authenticated(UserInfo::clone(user)));
+            return Ok(Identity::authenticated(user.clone()));
         }
         match bearer_token(headers)? {
             Some(token) => {

@@ -67,8 +67,8 @@ pub struct Identity {
 
 impl Identity {
     /// A checked credential; only [`crate::auth`]'s authentication calls this, on behalf of the listener.
-    pub(in crate::auth) fn authenticated(user: UserInfo) -> Identity {
-        Identity { user: Arc::new(user), impersonator: None }
+    pub(in crate::auth) fn authenticated(user: impl Into<Arc<UserInfo>>) -> Identity {
+        Identity { user: user.into(), impersonator: None }
     }
 
     /// The same connection acting as `user`, after authorization of each impersonated attribute.
