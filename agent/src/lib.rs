@@ -13,6 +13,7 @@
 //! | [`image`] | content store, unpacking, import |
 //! | [`net`] | pod attachment, addresses, service proxy over nftables |
 //! | [`dns`] | the cluster DNS responder |
+//! | [`memory`] | settings of the allocator |
 //! | [`watch`] | list and watch of a collection as raw bytes, for all of the above |
 
 pub mod agent;
@@ -21,6 +22,7 @@ pub mod dns;
 pub mod image;
 pub mod instance;
 pub mod kubelet;
+pub mod memory;
 pub mod net;
 pub mod node_link;
 pub mod runtime;

@@ -11,12 +11,14 @@
 //! | [`limits`] | how many requests at once |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
 //! | [`resources`], [`registry`] | [`resources::RESOURCES`]: one row per kind; the kinds served right now |
+//! | [`verbs`] | what can be done with a kind |
 //! | [`discovery`], [`openapi`], [`health`] | `/api`, `/apis`; `/openapi/v3`; `/livez`, `/readyz`, `/version` |
 //! | [`call`], [`negotiate`] | one request to a resource, and the shapes of answers |
 //! | [`options`], [`selector`], [`fields`] | the options of each verb; label and field selectors |
 //! | [`read`] | get and list |
 //! | [`watch`] | watch |
 //! | [`write`], [`patch`], [`delete`] | create and update, patch, delete and deletecollection |
+//! | [`confine`] | what an update may not change |
 //! | [`subresource`] | what lies below an object's path |
 //! | [`reviews`] | kinds that are questions, and token requests |
 //! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
@@ -31,6 +33,7 @@ pub mod backend;
 pub mod body;
 pub mod call;
 pub mod codec;
+pub mod confine;
 pub mod convert;
 pub mod delete;
 pub mod discovery;
@@ -60,6 +63,7 @@ pub mod status;
 pub mod subresource;
 pub mod table;
 pub mod tracking;
+pub mod verbs;
 pub mod watch;
 pub mod write;
 pub mod yaml;

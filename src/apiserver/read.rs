@@ -25,8 +25,8 @@ use std::time::Duration;
 
 /// How long a read waits for a revision that this server does not have yet.
 const FUTURE_WAIT: Duration = Duration::from_secs(3);
-/// Size of the pieces in which long lists are sent.
-const PIECE: usize = 128 * 1024;
+/// Size of the pieces in which long lists are sent; small enough that the allocator does not map and unmap each one.
+const PIECE: usize = 64 * 1024;
 /// Most keys read at once while a selector leaves most of them out.
 const PAGE_MAX: usize = 10_000;
 

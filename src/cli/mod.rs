@@ -32,6 +32,7 @@ use args::{Cli, Command};
 pub fn main() -> ExitCode {
     // A re-exec of this binary that sets up a container must not have touched anything yet.
     coracle_agent::runtime::helper_main_if_requested();
+    coracle_agent::memory::keep_small();
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         eprintln!("coracle: a TLS provider is installed already");
         return ExitCode::FAILURE;

@@ -19,8 +19,8 @@
 //! `coracle-raft`), which is why nothing here calls `fsync`.
 //!
 //! # Tasks
-//! The thread `coracle-view` takes layers of rows down to sled. The [`Writer`] belongs to the one thread that applies the log; [`Store`] handles may be used from any
-//! thread and never block it for longer than the copy of an event list.
+//! The thread `coracle-view` takes layers of rows down to sled. The [`Writer`] belongs to the one thread that applies the log;
+//! [`Store`] handles may be used from any thread and never block it for longer than the copy of an event list.
 #![forbid(unsafe_code)]
 
 pub mod codec;
