@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Node;
 use parking_lot::RwLock;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,7 +24,6 @@ use crate::kubelet::{addresses, worker};
 use crate::net::{Network, NetworkConfig, Parts, PodNetwork};
 use crate::runtime::{Embedded, PodSandboxFilter, Runtime, RuntimeOptions};
 use crate::volume::VolumeHost;
-use crate::watch::{Event, Target, Watcher};
 use crate::{AgentConfig, NodeLinkListener};
 
 /// Size at which a container's log is rotated, and how many files are kept: the kubelet's defaults.
@@ -101,7 +99,6 @@ pub async fn run(
     let static_pods = StaticPods::new(agent_dir.join("pod-manifests"), config.node_name.clone());
     let machine = Machine::read(&config.data_dir, &context.runtime.version());
     tasks.spawn(NodeSync::new(context.clone(), machine).run(shutdown.clone()));
-    tasks.spawn(follow_pod_ranges(config.node_name.clone(), client.clone(), network, shutdown.clone()));
     tasks.spawn(link.serve(NodeService::new(context.clone(), board.clone()), shutdown.clone()));
     tasks.spawn(Manager::new(context, board, shutdown.clone()).run(client, static_pods));
     tasks.close();
@@ -129,6 +126,7 @@ async fn start_network(
         service_cidrs: config.service_cidr.clone(),
         cluster_dns: config.cluster_dns.clone(),
         cluster_domain: config.cluster_domain.clone(),
+        backend: config.backend,
     };
     let parts = Parts { service_proxy: config.service_proxy, dns: config.dns };
     Network::start(network, parts, client, shutdown).await.map_err(AgentError::Network)
@@ -196,29 +194,4 @@ fn make_context(
         node,
         memory: machine.memory,
     })
-}
-
-/// The network learns the node's pod ranges as soon as the Node object has them.
-async fn follow_pod_ranges(node_name: String, client: kube::Client, network: Network, shutdown: CancellationToken) {
-    let target = Target::all("/api/v1/nodes").with_fields(format!("metadata.name={node_name}"));
-    let mut watcher = Watcher::new(client, target);
-    let mut known = Vec::new();
-    loop {
-        let event = tokio::select! {
-            event = watcher.next() => event,
-            () = shutdown.cancelled() => return,
-        };
-        let Event::Applied(object) = event else { continue };
-        let Ok(node) = serde_json::from_slice::<Node>(&object.json) else { continue };
-        let spec = node.spec.unwrap_or_default();
-        let texts = spec.pod_cidrs.unwrap_or_else(|| spec.pod_cidr.into_iter().collect());
-        let ranges: Vec<ipnet::IpNet> = texts.iter().filter_map(|text| text.parse().ok()).collect();
-        if ranges.is_empty() || ranges == known {
-            continue;
-        }
-        match network.set_pod_cidrs(&ranges) {
-            Ok(()) => known = ranges,
-            Err(error) => tracing::error!(%error, "pod range not taken over"),
-        }
-    }
 }

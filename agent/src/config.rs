@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
 
+use crate::net::Backend;
+
 /// The checked configuration of one agent. Values are used as they are; the command line has validated them.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
@@ -37,6 +39,8 @@ pub struct AgentConfig {
     pub max_pods: u32,
     /// Run the service proxy (`false` with `--disable-kube-proxy`).
     pub service_proxy: bool,
+    /// `--flannel-backend`: how pods of different nodes reach each other.
+    pub backend: Backend,
     /// Run the DNS responder (`false` with `--disable coredns`).
     pub dns: bool,
 }
@@ -60,6 +64,7 @@ impl AgentConfig {
             hello: &[],
             max_pods: 110,
             service_proxy: true,
+            backend: Backend::default(),
             dns: true,
         }
     }

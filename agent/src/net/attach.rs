@@ -22,7 +22,7 @@ use super::netlink::route::{Mac, Route, SCOPE_UNIVERSE, Veth};
 use super::netlink::{NetlinkError, Socket};
 
 /// `IPV4_DEVCONF_RP_FILTER`.
-const RP_FILTER: u16 = 8;
+pub(super) const RP_FILTER: u16 = 8;
 /// `IPV4_DEVCONF_ROUTE_LOCALNET`.
 const ROUTE_LOCALNET: u16 = 26;
 /// `IPV4_DEVCONF_SEND_REDIRECTS`.
@@ -108,7 +108,7 @@ fn node_side(node: &mut Socket, link: &PodLink) -> Result<(), NetlinkError> {
     batch.set_up(found.index, &NODE_SIDE, link.has_ipv6());
     for ip in &link.ips {
         batch.add_neighbour(found.index, *ip, link.pod_mac);
-        batch.add_route(&Route { to: IpNet::from(*ip), device: found.index, via: None, source: None });
+        batch.add_route(&Route::by(found.index, IpNet::from(*ip)));
     }
     node.apply(&mut batch)
 }
@@ -126,7 +126,7 @@ fn pod_side(link: &PodLink) -> Result<(), NetlinkError> {
         let everything = IpNet::new_assert(if ip.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() }, 0);
         batch.add_address(found.index, IpNet::from(*ip), SCOPE_UNIVERSE);
         batch.add_neighbour(found.index, gateway, link.node_mac);
-        batch.add_route(&Route { to: everything, device: found.index, via: Some(gateway), source: Some(*ip) });
+        batch.add_route(&Route { via: Some(gateway), source: Some(*ip), ..Route::by(found.index, everything) });
     }
     pod.apply(&mut batch)
 }

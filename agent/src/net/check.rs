@@ -70,7 +70,7 @@ fn probe() -> Vec<Fact> {
         fact(
             "nftables tables that others cannot flush",
             persistent,
-            "Linux 6.9 or newer; without, rules that others flush are only put back with the next change of a Service",
+            "Linux 6.9 or newer; without, rules that others flush are gone until the proxy puts them back, some milliseconds later",
             true,
         ),
         fact(
@@ -108,6 +108,14 @@ fn link_kind(kind: &'static str) -> Result<(), String> {
         // Made, or refused for the parameters that a real one has.
         _ => Ok(()),
     }
+}
+
+/// Whether this kernel has that kind of link, tried in a namespace of its own.
+pub fn has_link_kind(kind: &'static str) -> bool {
+    let tried = std::thread::Builder::new().name("check-network".into()).spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| errno.to_string()).and_then(|()| link_kind(kind))
+    });
+    tried.ok().and_then(|thread| thread.join().ok()).is_some_and(|result| result.is_ok())
 }
 
 fn settings(family: Family, address: &str) -> Settings {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
+use super::overlay::Backend;
+
 /// Configuration of the node's network. The node's own pod ranges are not here: they come from `Node.spec.podCIDRs`
 /// after registration.
 #[derive(Debug, Clone)]
@@ -27,4 +29,6 @@ pub struct NetworkConfig {
     pub resolv_conf: PathBuf,
     /// `--cluster-domain`, without a final dot.
     pub cluster_domain: String,
+    /// `--flannel-backend`: how pods of different nodes reach each other.
+    pub backend: Backend,
 }

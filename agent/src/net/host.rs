@@ -7,18 +7,16 @@ use ipnet::IpNet;
 use super::NetworkError;
 use super::config::NetworkConfig;
 use super::netlink::message::Batch;
-use super::netlink::route::{Route, SCOPE_HOST};
+use super::netlink::route::{Link, Route, SCOPE_HOST};
 use super::netlink::{NetlinkError, Socket};
 use super::sysctl::Sysctls;
 
-/// What VXLAN adds to a packet, over IPv4 and over IPv6.
-const OVERHEAD_V4: u32 = 50;
-/// See [`OVERHEAD_V4`].
-const OVERHEAD_V6: u32 = 70;
 /// Of a node whose link is not found.
 const ETHERNET: u32 = 1500;
-/// Less than this cannot carry IPv6.
-const SMALLEST: u32 = 1280;
+/// Less than this cannot carry IPv4 (RFC 791: every host takes as much).
+const SMALLEST_V4: u32 = 576;
+/// Less than this cannot carry IPv6 (RFC 8200 section 5).
+const SMALLEST_V6: u32 = 1280;
 const LOOPBACK: &str = "lo";
 
 /// What pods need to know of the node.
@@ -52,16 +50,25 @@ pub fn prepare(config: &NetworkConfig) -> Result<HostFacts, NetworkError> {
     }
     for cidr in &config.service_cidrs {
         let source = config.node_ips.iter().copied().find(|ip| same_family(*ip, *cidr) && is_local(&addresses, *ip));
-        batch.add_route(&Route { to: *cidr, device: loopback.index, via: None, source });
+        batch.add_route(&Route { source, ..Route::by(loopback.index, *cidr) });
     }
     socket.apply(&mut batch)?;
-    let underlay = config.node_ips.first().and_then(|ip| {
-        let (device, _) = addresses.iter().find(|(_, found)| found == ip)?;
-        links.iter().find(|link| link.index == *device && link.name != LOOPBACK)
-    });
-    let overhead = if config.node_ips.first().is_some_and(IpAddr::is_ipv6) { OVERHEAD_V6 } else { OVERHEAD_V4 };
-    let mtu = underlay.map_or(ETHERNET, |link| link.mtu).saturating_sub(overhead).max(SMALLEST);
-    Ok(HostFacts { mtu })
+    Ok(HostFacts { mtu: pod_mtu(config, &links, &addresses) })
+}
+
+/// What the smallest of the node's ways to other nodes carries.
+fn pod_mtu(config: &NetworkConfig, links: &[Link], addresses: &[(u32, IpAddr)]) -> u32 {
+    let of = |ip: &IpAddr| underlay_mtu(links, addresses, *ip).saturating_sub(config.backend.overhead(ip.is_ipv6()));
+    let mtu = config.node_ips.iter().map(of).min().unwrap_or(ETHERNET);
+    let ipv6 = config.cluster_cidrs.iter().any(|cidr| cidr.addr().is_ipv6());
+    mtu.max(if ipv6 { SMALLEST_V6 } else { SMALLEST_V4 })
+}
+
+/// MTU of the link that has an address.
+pub fn underlay_mtu(links: &[Link], addresses: &[(u32, IpAddr)], ip: IpAddr) -> u32 {
+    let device = addresses.iter().find(|(_, found)| *found == ip).map(|(device, _)| *device);
+    let link = links.iter().find(|link| Some(link.index) == device && link.name != LOOPBACK);
+    link.map_or(ETHERNET, |link| link.mtu)
 }
 
 fn same_family(ip: IpAddr, cidr: IpNet) -> bool {
@@ -80,7 +87,7 @@ pub fn restore(agent_dir: &std::path::Path, service_cidrs: &[IpNet], cluster_dns
         let Some(loopback) = socket.link(LOOPBACK)? else { return Ok(()) };
         let mut batch = Batch::new();
         for cidr in service_cidrs {
-            batch.delete_route(&Route { to: *cidr, device: loopback.index, via: None, source: None });
+            batch.delete_route(&Route::by(loopback.index, *cidr));
         }
         for dns in cluster_dns {
             batch.delete_address(loopback.index, IpNet::from(*dns));

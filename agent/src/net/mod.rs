@@ -1,4 +1,4 @@
-//! The node's network: pod attachment, addresses, and the service proxy over nftables.
+//! The node's network: pod attachment, addresses, the way to other nodes' pods, and the service proxy over nftables.
 //!
 //! The runtime sees [`PodNetwork`]; the kubelet starts it all and tells the node's pod ranges.
 //!
@@ -11,10 +11,13 @@
 //! | [`sysctl`] | changed kernel settings and what they were |
 //! | [`ipam`] | pod addresses and attachments on disk |
 //! | [`attach`] | one pod's veth pair |
+//! | [`nodes`] | what is kept of Node objects |
+//! | [`overlay`] | the way to pods of other nodes |
 //! | [`proxy`] | Services and EndpointSlices to nftables |
 //! | [`nft`] | nftables transactions |
 //! | [`netlink`] | sockets, messages, links, routes, conntrack |
-//! | `feed` | one watch per collection for proxy and DNS |
+//! | `feed` | one watch per collection for all who follow it |
+//! | `mailbox` | how threads are told things |
 //! | [`names`] | names of links and tables, gateway addresses |
 //! | [`teardown`] | what `coracle uninstall` calls |
 //! | [`check`] | what the kernel must have |
@@ -25,10 +28,13 @@ pub mod config;
 mod feed;
 pub mod host;
 pub mod ipam;
+mod mailbox;
 pub mod names;
 pub mod netlink;
 pub mod network;
 pub mod nft;
+pub mod nodes;
+pub mod overlay;
 pub mod proxy;
 pub mod sysctl;
 pub mod teardown;
@@ -41,6 +47,7 @@ use futures::future::BoxFuture;
 
 pub use config::NetworkConfig;
 pub use network::{Network, Parts};
+pub use overlay::{Backend, BackendError};
 pub use teardown::teardown;
 
 /// What the runtime asks for when a sandbox's network namespace exists and is pinned.
@@ -148,6 +155,17 @@ pub enum NetworkError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// An error with its causes.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
 }
 
 #[cfg(test)]

@@ -15,6 +15,28 @@ pub const POD_GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 /// As [`POD_GATEWAY_V4`].
 pub const POD_GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
+/// How the names of the overlay's links begin.
+pub const OVERLAY_PREFIX: &str = "co";
+
+/// The overlay's link over machines' IPv4 (`co4-<id>`) or IPv6 addresses (`co6-<id>`).
+pub fn overlay_link(instance_id: &str, ipv6: bool) -> String {
+    format!("{OVERLAY_PREFIX}{}-{instance_id}", if ipv6 { 6 } else { 4 })
+}
+
+/// Hardware address of a node's overlay link. Every node knows it of every other by the name alone.
+pub fn overlay_mac(node_name: &str, ipv6: bool) -> Mac {
+    let digest: [u8; 32] = Sha256::digest(format!("overlay {} {node_name}", if ipv6 { 6 } else { 4 })).into();
+    local_mac(&digest)
+}
+
+/// A locally administered, unicast address from the first six bytes.
+fn local_mac(digest: &[u8]) -> Mac {
+    let mut mac = [0; 6];
+    mac.iter_mut().zip(digest).for_each(|(to, from)| *to = *from);
+    mac[0] = (mac[0] & 0xfc) | 2;
+    mac
+}
+
 /// The node's tables: `coracle-<id>`.
 pub fn table(instance_id: &str) -> String {
     format!("coracle-{instance_id}")
@@ -34,13 +56,7 @@ pub fn link(instance_id: &str, uid: &str) -> String {
 /// Hardware addresses of the node's and the pod's end: locally administered, unicast.
 pub fn macs(instance_id: &str, uid: &str) -> (Mac, Mac) {
     let digest = digest(instance_id, uid, "mac");
-    let mac = |from: usize| {
-        let mut mac = [0; 6];
-        mac.copy_from_slice(&digest[from..from + 6]);
-        mac[0] = (mac[0] & 0xfc) | 2;
-        mac
-    };
-    (mac(0), mac(6))
+    (local_mac(&digest), local_mac(&digest[6..]))
 }
 
 fn digest(instance_id: &str, uid: &str, purpose: &str) -> [u8; 32] {
@@ -59,5 +75,8 @@ mod tests {
         let (node, pod) = macs("a", "b");
         assert_ne!(node, pod);
         assert_eq!((node[0] & 3, pod[0] & 3), (2, 2));
+        assert!(overlay_link("0123abcd", true).len() <= 15);
+        assert_ne!(overlay_mac("a", true), overlay_mac("a", false));
+        assert_eq!(overlay_mac("a", true)[0] & 3, 2);
     }
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -18,9 +17,12 @@ use super::config::NetworkConfig;
 use super::feed::{self, Follower};
 use super::host::{self, HostFacts};
 use super::ipam::{Attachment, Ipam};
+use super::mailbox::Mailbox;
+use super::netlink::route::Link;
 use super::netlink::{NetlinkError, Socket};
 use super::proxy::plan::LocalPod;
-use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, proxy};
+use super::nodes::Node;
+use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, overlay, proxy};
 use crate::dns;
 use crate::watch::Event;
 
@@ -41,7 +43,7 @@ struct Inner {
     /// The node's ranges; empty until they are known.
     ranges: watch::Sender<Vec<IpNet>>,
     /// The service proxy's thread; `None` when the node runs without.
-    proxy: Option<Sender<proxy::Input>>,
+    proxy: Option<Mailbox<proxy::Input>>,
 }
 
 /// What of the network is to run besides pod attachment.
@@ -82,9 +84,12 @@ impl Network {
         } else {
             None
         };
+        let overlay = overlay::start(&config);
+        let overlay = overlay.map_err(|source| NetworkError::Kernel { step: "start the overlay".into(), source })?;
         follow_services(&config, parts, proxy.as_ref(), &client, shutdown);
         let network = Self::assemble(config, facts, ipam, proxy);
         network.announce_all();
+        network.follow_nodes(overlay, &client, shutdown);
         Ok(network)
     }
 
@@ -92,17 +97,39 @@ impl Network {
         config: NetworkConfig,
         facts: HostFacts,
         ipam: Ipam,
-        proxy: Option<Sender<proxy::Input>>,
+        proxy: Option<Mailbox<proxy::Input>>,
     ) -> Self {
         let ranges = watch::Sender::new(ipam.ranges().to_vec());
         Self { inner: Arc::new(Inner { config, facts, ipam: Mutex::new(ipam), ranges, proxy }) }
     }
 
-    /// Tells `Node.spec.podCIDRs`. Attachments that wait go on.
+    /// One watch of all nodes: the own one tells the pod ranges, all of them the ways to other pods.
+    fn follow_nodes(&self, overlay: Mailbox<overlay::Input>, client: &kube::Client, shutdown: &CancellationToken) {
+        let network = self.clone();
+        let own: Follower = Box::new(move |event| network.take_own_ranges(&event));
+        let all: Follower = Box::new(move |event| overlay.tell(overlay::Input::Node(event)));
+        feed::follow(client, "/api/v1/nodes", vec![own, all], shutdown);
+    }
+
+    fn take_own_ranges(&self, event: &Event) {
+        let Event::Applied(object) = event else { return };
+        if object.name != self.inner.config.node_name {
+            return;
+        }
+        let Ok(node) = Node::parse(&object.json) else { return };
+        if node.pod_cidrs.is_empty() || *self.inner.ranges.borrow() == node.pod_cidrs {
+            return;
+        }
+        if let Err(error) = self.set_pod_cidrs(&node.pod_cidrs) {
+            tracing::error!(error = super::describe(&error), "pod range not taken over");
+        }
+    }
+
+    /// Takes over `Node.spec.podCIDRs`. Attachments that wait go on.
     ///
     /// # Errors
     /// The ranges could not be written down.
-    pub fn set_pod_cidrs(&self, cidrs: &[IpNet]) -> Result<(), NetworkError> {
+    pub(super) fn set_pod_cidrs(&self, cidrs: &[IpNet]) -> Result<(), NetworkError> {
         self.inner.ipam.lock().set_ranges(cidrs)?;
         self.inner.ranges.send_replace(cidrs.to_vec());
         Ok(())
@@ -120,8 +147,7 @@ impl Network {
         let Some(proxy) = &self.inner.proxy else { return };
         let pod =
             attachment.map(|attachment| LocalPod { ips: attachment.ips.clone(), ports: attachment.host_ports.clone() });
-        // The thread ends only when this sender does.
-        let _ = proxy.send(proxy::Input::Pod(uid.to_owned(), pod));
+        proxy.tell(proxy::Input::Pod(uid.to_owned(), pod));
     }
 
     async fn attach_pod(&self, request: &PodNetworkRequest) -> Result<PodAddresses, NetworkError> {
@@ -203,7 +229,8 @@ impl Network {
         }
         let instance = self.inner.config.instance_id.clone();
         let keep: BTreeSet<String> = live.iter().map(|uid| names::link_alias(&instance, uid)).collect();
-        on_thread(move || super::teardown::delete_links(&instance, &keep)).await
+        let lost = move |link: &Link| link.name.starts_with(names::LINK_PREFIX) && !keep.contains(&link.alias);
+        on_thread(move || super::teardown::delete_links(&instance, lost)).await
     }
 }
 
@@ -211,7 +238,7 @@ impl Network {
 fn follow_services(
     config: &NetworkConfig,
     parts: Parts,
-    proxy: Option<&Sender<proxy::Input>>,
+    proxy: Option<&Mailbox<proxy::Input>>,
     client: &kube::Client,
     shutdown: &CancellationToken,
 ) {
@@ -222,7 +249,7 @@ fn follow_services(
     };
     let to_proxy = |wrap: fn(Event) -> proxy::Input| -> Option<Follower> {
         let sender = proxy?.clone();
-        Some(Box::new(move |event| drop(sender.send(wrap(event)))))
+        Some(Box::new(move |event| sender.tell(wrap(event))))
     };
     for (path, followers) in [
         ("/api/v1/services", [to_proxy(proxy::Input::Service), to_dns(dns::Source::Services)]),

@@ -1,6 +1,5 @@
 //! Leaves nothing behind: what `coracle uninstall` calls, from whatever namespace.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -14,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::config::NetworkConfig;
 use super::ipam::write_by_rename;
 use super::netlink::message::Batch;
+use super::netlink::route::Link;
 use super::netlink::{NetlinkError, Socket};
 use super::proxy::kernel::Kernel;
-use super::{NetworkError, host, names};
+use super::{NetworkError, host, names, overlay};
 
 /// File below `DATA/agent` that tells where the network was set up.
 const FILE: &str = "network.json";
@@ -29,6 +29,8 @@ struct Record {
     /// `kernel.random.boot_id`: after a reboot the numbers mean nothing.
     boot_id: String,
     service_cidrs: Vec<String>,
+    #[serde(default)]
+    cluster_cidrs: Vec<String>,
     cluster_dns: Vec<IpAddr>,
 }
 
@@ -49,6 +51,7 @@ pub(super) fn remember(config: &NetworkConfig) -> Result<(), NetworkError> {
         namespace,
         boot_id: boot_id(),
         service_cidrs: config.service_cidrs.iter().map(ToString::to_string).collect(),
+        cluster_cidrs: config.cluster_cidrs.iter().map(ToString::to_string).collect(),
         cluster_dns: config.cluster_dns.clone(),
     };
     let path = config.agent_dir.join(FILE);
@@ -93,28 +96,31 @@ pub fn teardown(instance_id: &str, agent_dir: &Path) -> Vec<NetworkError> {
 
 fn remove_all(instance_id: &str, agent_dir: &Path, record: Option<&Record>) -> Vec<NetworkError> {
     let mut errors = Vec::new();
-    errors.extend(delete_links(instance_id, &BTreeSet::new()).err());
+    errors.extend(delete_links(instance_id, |_| true).err());
     let tables = Kernel::open(names::table(instance_id), Vec::new())
         .map_err(NetlinkError::from)
         .and_then(|mut kernel| kernel.delete());
     errors.extend(tables.err().map(NetworkError::from));
-    let cidrs: Vec<IpNet> = record
-        .map(|record| record.service_cidrs.iter().filter_map(|text| text.parse().ok()).collect())
-        .unwrap_or_default();
+    let parsed = |texts: fn(&Record) -> &[String]| -> Vec<IpNet> {
+        record.map(texts).unwrap_or_default().iter().filter_map(|text| text.parse().ok()).collect()
+    };
+    let routes = overlay::kernel::Kernel::open(parsed(|record| &record.cluster_cidrs))
+        .map_err(NetlinkError::from)
+        .and_then(|mut kernel| kernel.remove_routes());
+    errors.extend(routes.err().map(NetworkError::from));
+    let cidrs = parsed(|record| &record.service_cidrs);
     let dns = record.map_or(&[][..], |record| &record.cluster_dns);
     errors.extend(host::restore(agent_dir, &cidrs, dns));
     errors
 }
 
-/// Deletes the instance's pod links in this thread's namespace, but for those whose alias is in `keep`.
-pub(super) fn delete_links(instance_id: &str, keep: &BTreeSet<String>) -> Result<(), NetworkError> {
+/// Deletes those links of the instance in this thread's namespace that are `unwanted`.
+pub(super) fn delete_links(instance_id: &str, unwanted: impl Fn(&Link) -> bool) -> Result<(), NetworkError> {
     let owner = names::link_alias(instance_id, "");
     let mut socket = Socket::route().map_err(NetlinkError::from)?;
     let mut batch = Batch::new();
-    for link in socket.links()? {
-        if link.alias.starts_with(&owner) && !keep.contains(&link.alias) {
-            batch.delete_link(&link.name);
-        }
+    for link in socket.links()?.iter().filter(|link| link.alias.starts_with(&owner) && unwanted(link)) {
+        batch.delete_link(&link.name);
     }
     Ok(socket.apply(&mut batch)?)
 }

@@ -6,12 +6,18 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`message`] | encoding of messages and attributes, decoding of attributes |
-//! | [`route`] | links, addresses, routes and neighbours (rtnetlink) |
+//! | [`route`] | links, addresses and routes (rtnetlink) |
+//! | [`neighbour`] | neighbours and forwarding entries |
+//! | [`vxlan`] | VXLAN links |
+//! | [`changes`] | what others change: a socket that listens |
 //! | [`conntrack`] | connection tracking entries (ctnetlink) |
 
+pub mod changes;
 pub mod conntrack;
 pub mod message;
+pub mod neighbour;
 pub mod route;
+pub mod vxlan;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -7,26 +7,26 @@ use ipnet::IpNet;
 use super::message::{ACK, Batch, CREATE, DUMP, EXCL, REPLACE, Writer, attribute, text, u32_at};
 use super::{NetlinkError, Socket};
 
-const RTM_NEWLINK: u16 = 16;
+pub(super) const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
+pub(super) const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
-const RTM_NEWNEIGH: u16 = 28;
+const RTM_GETROUTE: u16 = 26;
 
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_IFALIAS: u16 = 20;
+pub(super) const IFLA_ADDRESS: u16 = 1;
+pub(super) const IFLA_IFNAME: u16 = 3;
+pub(super) const IFLA_MTU: u16 = 4;
+pub(super) const IFLA_LINKINFO: u16 = 18;
+pub(super) const IFLA_IFALIAS: u16 = 20;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_NET_NS_FD: u16 = 28;
-const IFLA_INFO_KIND: u16 = 1;
-const IFLA_INFO_DATA: u16 = 2;
+pub(super) const IFLA_INFO_KIND: u16 = 1;
+pub(super) const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET_CONF: u16 = 1;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
@@ -44,12 +44,9 @@ const RTA_PREFSRC: u16 = 7;
 const RTNH_F_ONLINK: u32 = 4;
 const RT_TABLE_MAIN: u8 = 254;
 const RTN_UNICAST: u8 = 1;
+const RTN_UNREACHABLE: u8 = 7;
 /// `rtm_protocol` of our routes: an unassigned number, so that `ip route` shows whose they are.
 pub const ROUTE_PROTOCOL: u8 = 0xc0;
-
-const NDA_DST: u16 = 1;
-const NDA_LLADDR: u16 = 2;
-const NUD_PERMANENT: u16 = 0x80;
 
 /// `RT_SCOPE_UNIVERSE`.
 pub const SCOPE_UNIVERSE: u8 = 0;
@@ -58,7 +55,8 @@ pub const SCOPE_LINK: u8 = 253;
 /// `RT_SCOPE_HOST`.
 pub const SCOPE_HOST: u8 = 254;
 
-const IFF_UP: u32 = 1;
+/// The link is up.
+pub(super) const IFF_UP: u32 = 1;
 
 /// Hardware address.
 pub type Mac = [u8; 6];
@@ -95,20 +93,35 @@ pub struct Link {
     pub mtu: u32,
 }
 
-/// A route through a device.
-#[derive(Debug, Clone, Copy)]
+/// A route of ours in the main table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// Destination.
     pub to: IpNet,
-    /// Device.
+    /// Device; 0 leaves it to the kernel, by its route to the next hop.
     pub device: u32,
-    /// Next hop, taken to be on the link whatever the addresses say.
+    /// Next hop, taken to be on the link of the device (when one is given) whatever the addresses say.
     pub via: Option<IpAddr>,
     /// Source address of what the host itself sends there.
     pub source: Option<IpAddr>,
+    /// Packets are refused with an ICMP error instead of being sent.
+    pub unreachable: bool,
 }
 
-fn family(ip: IpAddr) -> u8 {
+impl Route {
+    /// Destinations on the link of a device.
+    pub fn by(device: u32, to: IpNet) -> Self {
+        Self { to, device, via: None, source: None, unreachable: false }
+    }
+
+    /// Destinations that nobody has.
+    pub fn nowhere(to: IpNet) -> Self {
+        Self { unreachable: true, ..Self::by(0, to) }
+    }
+}
+
+/// `AF_INET` or `AF_INET6`.
+pub(super) fn family(ip: IpAddr) -> u8 {
     if ip.is_ipv4() { libc::AF_INET as u8 } else { libc::AF_INET6 as u8 }
 }
 
@@ -120,7 +133,7 @@ pub fn octets(ip: IpAddr) -> Vec<u8> {
     }
 }
 
-fn link_header(message: &mut Writer<'_>, index: u32, flags: u32, change: u32) {
+pub(super) fn link_header(message: &mut Writer<'_>, index: u32, flags: u32, change: u32) {
     message.raw(&[0; 4]);
     message.raw(&index.to_ne_bytes());
     message.raw(&flags.to_ne_bytes());
@@ -128,14 +141,18 @@ fn link_header(message: &mut Writer<'_>, index: u32, flags: u32, change: u32) {
 }
 
 fn route_header(message: &mut Writer<'_>, route: &Route) {
-    let (scope, flags) = if route.via.is_some() { (SCOPE_UNIVERSE, RTNH_F_ONLINK) } else { (SCOPE_LINK, 0) };
+    let scope = if route.via.is_some() || route.unreachable { SCOPE_UNIVERSE } else { SCOPE_LINK };
+    let flags = if route.via.is_some() && route.device != 0 { RTNH_F_ONLINK } else { 0 };
+    let kind = if route.unreachable { RTN_UNREACHABLE } else { RTN_UNICAST };
     let prefix = route.to.prefix_len();
-    message.raw(&[family(route.to.addr()), prefix, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, scope, RTN_UNICAST]);
+    message.raw(&[family(route.to.addr()), prefix, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, scope, kind]);
     message.raw(&flags.to_ne_bytes());
     if prefix > 0 {
         message.attr(RTA_DST, &octets(route.to.network()));
     }
-    message.attr_u32(RTA_OIF, route.device);
+    if route.device != 0 {
+        message.attr_u32(RTA_OIF, route.device);
+    }
 }
 
 fn address_header(message: &mut Writer<'_>, device: u32, address: IpNet, scope: u8) {
@@ -183,6 +200,14 @@ impl Batch {
         self.push("name the link's owner", &[], RTM_SETLINK, ACK, |message| {
             link_header(message, index, 0, 0);
             message.attr(IFLA_IFALIAS, alias.as_bytes());
+        });
+    }
+
+    /// Sets a link's MTU.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) {
+        self.push("set the link's MTU", &[], RTM_SETLINK, ACK, |message| {
+            link_header(message, index, 0, 0);
+            message.attr_u32(IFLA_MTU, mtu);
         });
     }
 
@@ -256,17 +281,29 @@ impl Batch {
     pub fn delete_route(&mut self, route: &Route) {
         self.push("remove the route", &[libc::ESRCH], RTM_DELROUTE, ACK, |message| route_header(message, route));
     }
+}
 
-    /// Adds or replaces a neighbour that is never asked for.
-    pub fn add_neighbour(&mut self, device: u32, ip: IpAddr, mac: Mac) {
-        self.push("add the neighbour", &[], RTM_NEWNEIGH, CREATE | REPLACE | ACK, |message| {
-            message.raw(&[family(ip), 0, 0, 0]);
-            message.raw(&device.to_ne_bytes());
-            message.raw(&NUD_PERMANENT.to_ne_bytes());
-            message.raw(&[0, 0]);
-            message.attr(NDA_DST, &octets(ip));
-            message.attr(NDA_LLADDR, &mac);
-        });
+/// What a notification on a socket for links and routes is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// A link came, changed or went.
+    Link(Link),
+    /// An address came or went.
+    Address,
+    /// A route of ours went.
+    RouteGone(Route),
+    /// A neighbour or forwarding entry went.
+    NeighbourGone,
+}
+
+/// Reads a notification; `None` when it is of no interest here.
+pub fn notice(kind: u16, payload: &[u8]) -> Option<Notice> {
+    match kind {
+        RTM_NEWLINK | RTM_DELLINK => link(payload).map(Notice::Link),
+        RTM_NEWADDR | RTM_DELADDR => Some(Notice::Address),
+        RTM_DELROUTE => route(payload).map(Notice::RouteGone),
+        super::neighbour::RTM_DELNEIGH => super::neighbour::entry(payload).map(|_| Notice::NeighbourGone),
+        _ => None,
     }
 }
 
@@ -310,15 +347,51 @@ impl Socket {
         self.dump(&mut batch, |_, payload| found.extend(address(payload)))?;
         Ok(found)
     }
+
+    /// Our routes in the main table, of both families.
+    pub fn own_routes(&mut self) -> Result<Vec<Route>, NetlinkError> {
+        let mut found = Vec::new();
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut batch = Batch::new();
+            // A kernel without IPv6 has no routes of that family.
+            batch.push("list the routes", &[libc::EOPNOTSUPP], RTM_GETROUTE, DUMP, |message| {
+                message.raw(&[family as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            });
+            self.dump(&mut batch, |_, payload| found.extend(route(payload)))?;
+        }
+        Ok(found)
+    }
 }
 
 fn address(payload: &[u8]) -> Option<(u32, IpAddr)> {
     let attributes = payload.get(8..)?;
     let bytes = attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS))?;
-    let ip = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-        _ => return None,
-    };
-    Some((u32_at(payload, 4), ip))
+    Some((u32_at(payload, 4), ip(bytes)?))
+}
+
+/// An address from its bytes in network order.
+pub(super) fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(<[u8; 4]>::try_from(bytes).ok()?.into()),
+        16 => Some(<[u8; 16]>::try_from(bytes).ok()?.into()),
+        _ => None,
+    }
+}
+
+/// A route of ours; none when it is another program's, in another table or the kernel's copy of an exception.
+fn route(payload: &[u8]) -> Option<Route> {
+    let (header, attributes) = payload.split_at_checked(12)?;
+    let [family, prefix, _, _, table, protocol, _, kind, ..] = *header else { return None };
+    if protocol != ROUTE_PROTOCOL || table != RT_TABLE_MAIN || ![RTN_UNICAST, RTN_UNREACHABLE].contains(&kind) {
+        return None;
+    }
+    let any = if i32::from(family) == libc::AF_INET { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) };
+    let to = attribute(attributes, RTA_DST).map_or(Some(any), ip)?;
+    Some(Route {
+        to: IpNet::new(to, prefix).ok()?,
+        device: attribute(attributes, RTA_OIF).map_or(0, |value| u32_at(value, 0)),
+        via: attribute(attributes, RTA_GATEWAY).and_then(ip),
+        source: attribute(attributes, RTA_PREFSRC).and_then(ip),
+        unreachable: kind == RTN_UNREACHABLE,
+    })
 }

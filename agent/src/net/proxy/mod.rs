@@ -22,10 +22,10 @@ pub mod plan;
 pub mod tables;
 
 use std::collections::BTreeSet;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::config::NetworkConfig;
+use super::mailbox::{Inbox, Mailbox, Nothing, mailbox};
 use super::nft::Family;
 use crate::watch::Event;
 use desired::NodeFacts;
@@ -52,7 +52,7 @@ pub(super) enum Input {
     Pod(String, Option<LocalPod>),
     /// Answer when everything said before is in the kernel.
     #[cfg(test)]
-    Barrier(Sender<Option<String>>),
+    Barrier(std::sync::mpsc::Sender<Option<String>>),
 }
 
 /// Starts the proxy's thread; it ends when the sender is gone. Nothing changes in a table from before until all
@@ -60,22 +60,22 @@ pub(super) enum Input {
 pub(super) fn start(
     config: &NetworkConfig,
     health: tokio::sync::watch::Sender<health::Health>,
-) -> std::io::Result<Sender<Input>> {
-    let (sender, receiver) = channel();
+) -> std::io::Result<Mailbox<Input>> {
+    let (sender, inbox) = mailbox();
     let kernel = Kernel::open(super::names::table(&config.instance_id), settings(config))?;
     let facts = NodeFacts { families: families(config), cluster_dns: config.cluster_dns.clone() };
     let worker = Worker {
         plan: Plan::new(facts),
         kernel,
         node_name: config.node_name.clone(),
-        receiver,
         listed: Listed::default(),
         built: false,
+        #[cfg(test)]
         barriers: Vec::new(),
         health,
         refused: None,
     };
-    std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run())?;
+    std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run(&inbox))?;
     Ok(sender)
 }
 
@@ -113,11 +113,11 @@ struct Worker {
     plan: Plan,
     kernel: Kernel,
     node_name: String,
-    receiver: Receiver<Input>,
     listed: Listed,
     /// The kernel holds what the plan says.
     built: bool,
-    barriers: Vec<Sender<Option<String>>>,
+    #[cfg(test)]
+    barriers: Vec<std::sync::mpsc::Sender<Option<String>>>,
     /// Followed by the task that answers load balancers.
     health: tokio::sync::watch::Sender<health::Health>,
     /// Why the kernel does not hold what the plan says.
@@ -125,27 +125,23 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self) {
+    fn run(mut self, inbox: &Inbox<Input>) {
         self.before_first_list();
         loop {
-            let input = if self.wants_rebuild() { self.receiver.recv_timeout(RETRY) } else { self.wait() };
-            match input {
+            match inbox.receive(self.wants_rebuild().then_some(RETRY)) {
                 Ok(input) => self.take(input),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(Nothing::Yet) => {}
+                Err(Nothing::Ever) => return,
             }
-            self.coalesce();
+            if !inbox.coalesce(QUIET, LATEST, |input| self.take(input)) {
+                return;
+            }
             if self.is_ready() {
                 self.sync();
-                self.barriers.drain(..).for_each(|barrier| {
-                    let _ = barrier.send(self.refused.clone());
-                });
+                #[cfg(test)]
+                self.barriers.drain(..).for_each(|barrier| drop(barrier.send(self.refused.clone())));
             }
         }
-    }
-
-    fn wait(&self) -> Result<Input, RecvTimeoutError> {
-        self.receiver.recv().map_err(|_| RecvTimeoutError::Disconnected)
     }
 
     /// A new node's pods need the fixed rules (masquerade) before the API answers; after a restart the rules of before
@@ -156,10 +152,10 @@ impl Worker {
             Ok(false) => {
                 let everything = self.plan.everything();
                 if let Err(error) = self.kernel.rebuild(&everything) {
-                    tracing::error!(error = %describe(&error), "cannot write nftables");
+                    tracing::error!(error = %super::describe(&error), "cannot write nftables");
                 }
             }
-            Err(error) => tracing::error!(error = %describe(&error), "cannot read nftables"),
+            Err(error) => tracing::error!(error = %super::describe(&error), "cannot read nftables"),
         }
     }
 
@@ -169,17 +165,6 @@ impl Worker {
 
     fn wants_rebuild(&self) -> bool {
         self.is_ready() && !self.built
-    }
-
-    /// Takes what follows shortly.
-    fn coalesce(&mut self) {
-        let latest = Instant::now() + LATEST;
-        while let Some(left) = latest.checked_duration_since(Instant::now()) {
-            match self.receiver.recv_timeout(left.min(QUIET)) {
-                Ok(input) => self.take(input),
-                Err(_) => return,
-            }
-        }
     }
 
     fn take(&mut self, input: Input) {
@@ -252,13 +237,13 @@ impl Worker {
         if self.built
             && let Err(error) = self.kernel.apply(&diff)
         {
-            tracing::warn!(error = %describe(&error), "nftables refused a change, rebuilding");
+            tracing::warn!(error = %super::describe(&error), "nftables refused a change, rebuilding");
             self.built = false;
         }
         if !self.built {
             let everything = self.plan.everything();
             if let Err(error) = self.kernel.rebuild(&everything) {
-                let error = describe(&error);
+                let error = super::describe(&error);
                 tracing::error!(%error, "cannot write nftables");
                 self.refused = Some(error);
                 return;
@@ -273,18 +258,7 @@ impl Worker {
                 let (added, removed) = diff.counts();
                 tracing::debug!(added, removed, flows, elapsed = ?started.elapsed(), "services synced");
             }
-            Err(error) => tracing::warn!(error = %describe(&error), "cannot forget stale UDP connections"),
+            Err(error) => tracing::warn!(error = %super::describe(&error), "cannot forget stale UDP connections"),
         }
     }
-}
-
-/// An error with its causes.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }

@@ -266,7 +266,7 @@ impl Settings {
             ("output", vec![vec![Expr::Jump("services".into())]]),
             ("services", self.services()),
             ("postrouting", self.postrouting()),
-            ("clamp", clamp()),
+            ("clamp", self.clamp()),
             (REFUSE, refuse()),
             ("forward-filter", self.forward_filter()),
             ("input-filter", self.input_filter()),
@@ -360,6 +360,11 @@ impl Settings {
             inside.extend(within(Address::Destination, cidr, true));
             inside.push(Expr::Return);
             rules.push(inside);
+            // Pods of other nodes answer to an address that leads back the way that the packet came.
+            let mut entering = within(Address::Source, cidr, false);
+            entering.extend(within(Address::Destination, cidr, true));
+            entering.push(Expr::Masquerade);
+            rules.push(entering);
             let multicast = if family == Family::Ip { MULTICAST_V4 } else { MULTICAST_V6 };
             let mut many = within(Address::Destination, multicast, true);
             many.push(Expr::Return);
@@ -376,6 +381,22 @@ impl Settings {
             Expr::Masquerade,
         ]);
         rules
+    }
+
+    /// Without it, and with ICMP filtered on the way, connections that leave by a smaller link hang.
+    fn clamp(&self) -> Vec<Vec<Expr>> {
+        let pods = match self.cluster_cidr {
+            Some(cidr) => [within(Address::Source, cidr, true), within(Address::Destination, cidr, true)],
+            None => [from_pod(true), to_pod(true)],
+        };
+        let clamped = pods.into_iter().map(|mut rule| {
+            rule.extend([Expr::L4Proto(0), Expr::Equal(0, vec![libc::IPPROTO_TCP as u8])]);
+            // SYN set, RST not.
+            rule.extend([Expr::TcpFlags(0), Expr::Bitwise(0, vec![0x06], vec![0]), Expr::Equal(0, vec![0x02])]);
+            rule.push(Expr::ClampMss);
+            rule
+        });
+        clamped.collect()
     }
 
     fn forward_filter(&self) -> Vec<Vec<Expr>> {
@@ -477,18 +498,4 @@ fn state(bit: u32) -> Vec<Expr> {
 fn refuse() -> Vec<Vec<Expr>> {
     let tcp = vec![Expr::L4Proto(0), Expr::Equal(0, vec![libc::IPPROTO_TCP as u8]), Expr::RejectReset];
     vec![tcp, vec![Expr::RejectPort]]
-}
-
-/// Without it, and with ICMP filtered on the way, connections that leave by a smaller link hang.
-fn clamp() -> Vec<Vec<Expr>> {
-    [from_pod(true), to_pod(true)]
-        .into_iter()
-        .map(|mut rule| {
-            rule.extend([Expr::L4Proto(0), Expr::Equal(0, vec![libc::IPPROTO_TCP as u8])]);
-            // SYN set, RST not.
-            rule.extend([Expr::TcpFlags(0), Expr::Bitwise(0, vec![0x06], vec![0]), Expr::Equal(0, vec![0x02])]);
-            rule.push(Expr::ClampMss);
-            rule
-        })
-        .collect()
 }
