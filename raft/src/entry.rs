@@ -1,29 +1,26 @@
 //! What a log entry carries, and its byte form.
 //!
 //! ```text
-//! u8 kind    0 blank | 1 commands | 2 membership
+//! u8 kind    0 blank | 1 commands | 2 membership | 3 ticket and commands
+//! ticket     u64 member that waits for the answers, u64 number by which it knows them (crate::pending)
 //! commands   for each command: u32 length, then the command as the store encodes it
-//! membership u32 number of voter sets, each: u32 size, u64 ids (two sets while the membership changes);
-//!            u32 number of peers, each: u64 id, u32 length, address
+//! membership see crate::membership
 //! ```
 //! openraft's types end here: its version may change, the bytes do not.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
+use coracle_store::Command;
 use coracle_store::codec::DecodeError;
-use coracle_store::{Command, Response};
 use openraft::EntryPayload;
 use openraft::impls::leader_id_std::{self, LeaderId};
 use openraft::vote::leader_id_std::CommittedLeaderId;
-use parking_lot::Mutex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use tokio::sync::oneshot;
 
-use crate::propose::ProposeError;
+use crate::membership::{Contact, decode_membership, encode_membership};
 use crate::wal::{LogId, NewEntry};
 
 openraft::declare_raft_types!(
@@ -31,77 +28,68 @@ openraft::declare_raft_types!(
     pub(crate) TypeConfig:
         D = Proposal,
         R = (),
-        Node = Peer,
+        Node = Contact,
         LeaderId = leader_id_std::LeaderId<u64, u64>,
 );
 
 pub(crate) type Entry = openraft::type_config::alias::EntryOf<TypeConfig>;
 pub(crate) type RaftLogId = openraft::type_config::alias::LogIdOf<TypeConfig>;
 pub(crate) type RaftVote = openraft::type_config::alias::VoteOf<TypeConfig>;
-pub(crate) type Membership = openraft::Membership<u64, Peer>;
+pub(crate) type Membership = openraft::Membership<u64, Contact>;
 pub(crate) type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
 pub(crate) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
 
-/// How another member is reached.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Peer {
-    /// `host:port`; empty while the cluster has one member that nobody needs to reach.
-    pub address: String,
+/// A command behind its length, as in an entry.
+pub(crate) fn frame_command(command: &Command) -> Bytes {
+    let mut framed = vec![0; 4];
+    command.encode(&mut framed);
+    let length = (framed.len() - 4) as u32;
+    framed[..4].copy_from_slice(&length.to_le_bytes());
+    framed.into()
 }
 
-/// Where the answer to one command goes, on the member that proposed it.
-pub(crate) type Reply = oneshot::Sender<Result<Response, ProposeError>>;
-
-/// One command of a proposal.
-pub(crate) struct Item {
-    /// Length and command, as in the entry.
-    pub encoded: Bytes,
-    /// Taken once the command is applied. Not part of the entry: entries from disk or peers have none.
-    pub reply: Mutex<Option<Reply>>,
-}
-
-impl Item {
-    /// Encodes a command behind its length.
-    pub fn new(command: &Command, reply: Reply) -> Item {
-        let mut encoded = vec![0; 4];
-        command.encode(&mut encoded);
-        let length = (encoded.len() - 4) as u32;
-        encoded[..4].copy_from_slice(&length.to_le_bytes());
-        Item { encoded: encoded.into(), reply: Mutex::new(Some(reply)) }
-    }
-
-    /// The command; keys and values share the memory of the entry.
-    pub fn command(&self) -> Result<Command, DecodeError> {
-        Command::decode(self.encoded.slice(4..))
-    }
+/// Who waits for the answers to the commands of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Ticket {
+    /// The member that took the commands from its clients.
+    pub origin: u64,
+    /// Random; never used twice.
+    pub number: u64,
 }
 
 /// Commands that travel in one log entry. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Proposal {
-    pub items: Arc<[Item]>,
+    pub ticket: Option<Ticket>,
+    /// Each behind its length.
+    pub commands: Arc<[Bytes]>,
 }
 
 impl Proposal {
     pub fn size(&self) -> usize {
-        self.items.iter().map(|item| item.encoded.len()).sum()
+        self.commands.iter().map(Bytes::len).sum()
     }
 
-    fn decode(mut bytes: Bytes) -> io::Result<Proposal> {
-        let mut items = Vec::new();
+    /// The commands; keys and values share the memory of the entry.
+    pub fn decoded(&self) -> impl Iterator<Item = Result<Command, DecodeError>> + '_ {
+        self.commands.iter().map(|framed| Command::decode(framed.slice(4..)))
+    }
+
+    /// Reads commands that lie one behind the other.
+    pub fn decode(ticket: Option<Ticket>, mut bytes: Bytes) -> io::Result<Proposal> {
+        let mut commands = Vec::new();
         while !bytes.is_empty() {
             let length = bytes.get(..4).map(|mut raw| raw.get_u32_le() as usize);
-            let end = length.map(|length| length + 4).filter(|end| *end <= bytes.len());
-            let encoded = bytes.split_to(end.ok_or_else(cut_short)?);
-            items.push(Item { encoded, reply: Mutex::new(None) });
+            let end = length.and_then(|length| length.checked_add(4)).filter(|end| *end <= bytes.len());
+            commands.push(bytes.split_to(end.ok_or_else(cut_short)?));
         }
-        Ok(Proposal { items: items.into() })
+        Ok(Proposal { ticket, commands: commands.into() })
     }
 }
 
 impl fmt::Debug for Proposal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} commands, {} bytes", self.items.len(), self.size())
+        write!(f, "{} commands, {} bytes", self.commands.len(), self.size())
     }
 }
 
@@ -113,35 +101,41 @@ impl fmt::Display for Proposal {
 
 impl PartialEq for Proposal {
     fn eq(&self, other: &Self) -> bool {
-        self.items.iter().map(|item| &item.encoded).eq(other.items.iter().map(|item| &item.encoded))
+        self.ticket == other.ticket && self.commands == other.commands
     }
 }
 
+// openraft asks for these; nothing of ours is stored or sent by them.
 impl Serialize for Proposal {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let bytes: Vec<u8> = self.items.iter().flat_map(|item| item.encoded.iter().copied()).collect();
-        bytes.serialize(serializer)
+        self.commands.concat().serialize(serializer)
     }
 }
 
 impl<'de> Deserialize<'de> for Proposal {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let bytes = Vec::<u8>::deserialize(deserializer)?;
-        Proposal::decode(bytes.into()).map_err(serde::de::Error::custom)
+        Proposal::decode(None, bytes.into()).map_err(serde::de::Error::custom)
     }
 }
 
 const BLANK: u8 = 0;
 const COMMANDS: u8 = 1;
 const MEMBERSHIP: u8 = 2;
+const TICKET: u8 = 3;
 
 /// The entry as the log stores it; the commands are not copied.
 pub(crate) fn to_wal(entry: &Entry) -> NewEntry {
     let payload = match &entry.payload {
         EntryPayload::Blank => vec![Bytes::from_static(&[BLANK])],
         EntryPayload::Normal(proposal) => {
-            let items = proposal.items.iter().map(|item| item.encoded.clone());
-            std::iter::once(Bytes::from_static(&[COMMANDS])).chain(items).collect()
+            let head = match proposal.ticket {
+                None => Bytes::from_static(&[COMMANDS]),
+                Some(Ticket { origin, number }) => {
+                    [&[TICKET][..], &origin.to_le_bytes(), &number.to_le_bytes()].concat().into()
+                }
+            };
+            std::iter::once(head).chain(proposal.commands.iter().cloned()).collect()
         }
         EntryPayload::Membership(membership) => {
             let mut out = vec![MEMBERSHIP];
@@ -162,7 +156,11 @@ pub(crate) fn from_wal(id: LogId, mut payload: Bytes) -> io::Result<Entry> {
     }
     let payload = match payload.get_u8() {
         BLANK => EntryPayload::Blank,
-        COMMANDS => EntryPayload::Normal(Proposal::decode(payload)?),
+        COMMANDS => EntryPayload::Normal(Proposal::decode(None, payload)?),
+        TICKET => {
+            let ticket = Ticket { origin: u64_of(&mut payload)?, number: u64_of(&mut payload)? };
+            EntryPayload::Normal(Proposal::decode(Some(ticket), payload)?)
+        }
         MEMBERSHIP => EntryPayload::Membership(decode_membership(&mut payload)?),
         other => return Err(io::Error::other(format!("log entry {id} has an unknown kind {other}"))),
     };
@@ -187,44 +185,6 @@ pub(crate) fn from_raft_vote(vote: &RaftVote) -> crate::wal::Vote {
     crate::wal::Vote { term, member: voted_for, committed: vote.committed }
 }
 
-pub(crate) fn encode_membership(membership: &Membership, out: &mut Vec<u8>) {
-    let sets = membership.get_joint_config();
-    out.extend((sets.len() as u32).to_le_bytes());
-    for set in sets {
-        out.extend((set.len() as u32).to_le_bytes());
-        out.extend(set.iter().flat_map(|id| id.to_le_bytes()));
-    }
-    let peers: Vec<_> = membership.nodes().collect();
-    out.extend((peers.len() as u32).to_le_bytes());
-    for (id, peer) in peers {
-        out.extend(id.to_le_bytes());
-        out.extend((peer.address.len() as u32).to_le_bytes());
-        out.extend(peer.address.as_bytes());
-    }
-}
-
-pub(crate) fn decode_membership(bytes: &mut Bytes) -> io::Result<Membership> {
-    let mut sets = Vec::new();
-    for _ in 0..u32_of(bytes)? {
-        let mut set = BTreeSet::new();
-        for _ in 0..u32_of(bytes)? {
-            set.insert(u64_of(bytes)?);
-        }
-        sets.push(set);
-    }
-    let mut peers = BTreeMap::new();
-    for _ in 0..u32_of(bytes)? {
-        let id = u64_of(bytes)?;
-        let length = u32_of(bytes)? as usize;
-        if bytes.len() < length {
-            return Err(cut_short());
-        }
-        let address = String::from_utf8(bytes.split_to(length).into()).map_err(io::Error::other)?;
-        peers.insert(id, Peer { address });
-    }
-    Membership::new(sets, peers).map_err(io::Error::other)
-}
-
 pub(crate) fn u32_of(bytes: &mut Bytes) -> io::Result<u32> {
     bytes.try_get_u32_le().map_err(|_| cut_short())
 }
@@ -239,9 +199,11 @@ pub(crate) fn cut_short() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
 
-    fn round_trip(payload: EntryPayload<Proposal, u64, Peer>) -> Entry {
+    fn round_trip(payload: EntryPayload<Proposal, u64, Contact>) -> Entry {
         let id = LogId { term: 4, index: 9 };
         let written = to_wal(&openraft::Entry { log_id: to_raft_id(id), payload });
         assert_eq!(written.id, id);
@@ -250,21 +212,22 @@ mod tests {
 
     #[test]
     fn commands_survive() {
-        let items = [Command::Compact { revision: 7 }, Command::LeaseRevoke { id: 3 }];
-        let items = items.map(|command| Item::new(&command, oneshot::channel().0));
-        let read = round_trip(EntryPayload::Normal(Proposal { items: Arc::new(items) }));
-        let EntryPayload::Normal(proposal) = read.payload else { panic!("{read:?}") };
-        let commands: Vec<Command> = proposal.items.iter().map(|item| item.command().unwrap()).collect();
-        assert_eq!(commands, [Command::Compact { revision: 7 }, Command::LeaseRevoke { id: 3 }]);
-        let json = serde_json::to_string(&proposal).unwrap();
-        assert_eq!(serde_json::from_str::<Proposal>(&json).unwrap().size(), proposal.size());
+        for ticket in [None, Some(Ticket { origin: 3, number: 99 })] {
+            let commands = [Command::Compact { revision: 7 }, Command::LeaseRevoke { id: 3 }];
+            let framed = commands.iter().map(frame_command).collect();
+            let read = round_trip(EntryPayload::Normal(Proposal { ticket, commands: framed }));
+            let EntryPayload::Normal(proposal) = read.payload else { panic!("{read:?}") };
+            assert_eq!(proposal.ticket, ticket);
+            assert_eq!(proposal.decoded().map(Result::unwrap).collect::<Vec<_>>(), commands);
+            let json = serde_json::to_string(&proposal).unwrap();
+            assert_eq!(serde_json::from_str::<Proposal>(&json).unwrap().size(), proposal.size());
+        }
     }
 
     #[test]
-    fn a_membership_in_change_survives() {
-        let peer = |n: u64| (n, Peer { address: format!("10.0.0.{n}:6443") });
-        let sets = vec![BTreeSet::from([1]), BTreeSet::from([1, 2, 3])];
-        let membership = Membership::new(sets, BTreeMap::from([peer(1), peer(2), peer(3), peer(9)])).unwrap();
+    fn a_membership_survives() {
+        let contact = Contact { name: "b".to_owned(), address: "10.0.0.1:6443".to_owned() };
+        let membership = Membership::new(vec![BTreeSet::from([1])], BTreeMap::from([(1, contact)])).unwrap();
         let read = round_trip(EntryPayload::Membership(membership.clone()));
         assert_eq!(read.payload, EntryPayload::Membership(membership));
     }
@@ -272,7 +235,7 @@ mod tests {
     #[test]
     fn foreign_bytes_are_an_error() {
         let id = LogId { term: 1, index: 1 };
-        for bytes in [&[][..], &[9], &[1, 200, 0, 0, 0, 1], &[1, 2], &[2, 1, 0, 0, 0, 255, 255, 0, 0]] {
+        for bytes in [&[][..], &[9], &[1, 200, 0, 0, 0, 1], &[1, 2], &[2, 1, 0, 0, 0, 255, 255, 0, 0], &[3, 1, 2]] {
             assert!(from_wal(id, Bytes::copy_from_slice(bytes)).is_err(), "{bytes:?}");
         }
     }

@@ -80,7 +80,7 @@ impl Growth {
     }
 }
 
-/// The tail of the log in memory: what is not on disk yet, what still owes an answer, and some more.
+/// The tail of the log in memory: what is not on disk yet, and some more.
 #[derive(Default)]
 struct Cache {
     first: u64,
@@ -117,7 +117,6 @@ impl Cache {
     fn evict(&mut self, wal: &Wal) {
         while self.bytes > CACHE
             && let Some(oldest) = self.entries.front()
-            && !owes_an_answer(oldest)
             && wal.is_placed(oldest.log_id.index)
         {
             self.pop_front();
@@ -141,18 +140,10 @@ impl Cache {
 
 fn weight(entry: &Entry) -> usize {
     let payload = match &entry.payload {
-        EntryPayload::Normal(proposal) => proposal.size() + 64 * proposal.items.len(),
+        EntryPayload::Normal(proposal) => proposal.size() + 64 * proposal.commands.len(),
         EntryPayload::Blank | EntryPayload::Membership(_) => 64,
     };
     payload + size_of::<Entry>()
-}
-
-/// An entry read back from disk could not answer the clients that wait for it.
-fn owes_an_answer(entry: &Entry) -> bool {
-    match &entry.payload {
-        EntryPayload::Normal(proposal) => proposal.items.iter().any(|item| item.reply.lock().is_some()),
-        EntryPayload::Blank | EntryPayload::Membership(_) => false,
-    }
 }
 
 impl Log {

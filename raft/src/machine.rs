@@ -12,7 +12,7 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use coracle_store::{Command, Pinned, Response, Writer};
+use coracle_store::{Command, Pinned, Writer};
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -20,8 +20,10 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use crate::applied::Applied;
-use crate::entry::{Item, Proposal, RaftLogId, SnapshotMeta, StoredMembership, TypeConfig, from_raft_id, to_raft_id};
+use crate::entry::{Proposal, RaftLogId, SnapshotMeta, StoredMembership, TypeConfig, from_raft_id, to_raft_id};
 use crate::log::Growth;
+use crate::member::Identity;
+use crate::pending::Pending;
 use crate::snapshot::{self, Reader, SnapshotFile};
 
 /// Commands in one batch, about: more means fewer writes to the engine, fewer means answers sooner.
@@ -82,10 +84,14 @@ pub(crate) struct ApplyThread {
 
 impl ApplyThread {
     /// Starts the thread. `broken` is called once if the engine fails: the state must not be used after a restart.
-    pub fn start(writer: Writer, broken: impl FnOnce() + Send + 'static) -> io::Result<ApplyThread> {
+    pub fn start(
+        writer: Writer,
+        pending: Arc<Pending>,
+        broken: impl FnOnce() + Send + 'static,
+    ) -> io::Result<ApplyThread> {
         let (jobs, queue) = mpsc::channel();
         let thread = std::thread::Builder::new().name("coracle-apply".to_owned()).spawn(move || {
-            let served = catch_unwind(AssertUnwindSafe(|| serve(writer, &queue)));
+            let served = catch_unwind(AssertUnwindSafe(|| serve(writer, &pending, &queue)));
             let served = served.unwrap_or_else(|_| Err(io::Error::other("the engine panicked")));
             if let Err(error) = &served {
                 tracing::error!(%error, "the state engine failed; the state is rebuilt at the next start");
@@ -94,6 +100,11 @@ impl ApplyThread {
             served
         })?;
         Ok(ApplyThread { jobs, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// The state as it is now, held readable.
+    pub async fn pin(&self) -> io::Result<Pinned> {
+        self.ask(Job::Pin).await
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> io::Result<T> {
@@ -114,7 +125,7 @@ impl ApplyThread {
     }
 }
 
-fn serve(mut writer: Writer, jobs: &Receiver<Job>) -> io::Result<()> {
+fn serve(mut writer: Writer, pending: &Pending, jobs: &Receiver<Job>) -> io::Result<()> {
     // History may be left over from a compaction that the last run didn't finish.
     let mut compacting = true;
     loop {
@@ -132,7 +143,7 @@ fn serve(mut writer: Writer, jobs: &Receiver<Job>) -> io::Result<()> {
         };
         match job {
             Job::Apply { proposals, meta, done } => {
-                let applied = apply(&mut writer, &proposals, meta);
+                let applied = apply(&mut writer, pending, &proposals, meta);
                 let failed = applied.is_err();
                 compacting |= matches!(applied, Ok(true));
                 // Nobody waits when the node is being stopped.
@@ -156,22 +167,19 @@ fn serve(mut writer: Writer, jobs: &Receiver<Job>) -> io::Result<()> {
 }
 
 /// Applies and answers; true when the history floor moved.
-fn apply(writer: &mut Writer, proposals: &[Proposal], meta: Bytes) -> io::Result<bool> {
-    let items = || proposals.iter().flat_map(|proposal| proposal.items.iter());
-    let commands = items().map(Item::command).collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
+fn apply(writer: &mut Writer, pending: &Pending, proposals: &[Proposal], meta: Bytes) -> io::Result<bool> {
+    let commands = proposals.iter().flat_map(Proposal::decoded);
+    let commands = commands.collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
     let compacted = commands.iter().any(|c| matches!(c, Command::Compact { .. } | Command::BumpRevision { .. }));
-    let responses = writer.apply(commands, meta).map_err(io::Error::other)?;
-    for (item, response) in items().zip(responses) {
-        answer(item, response);
+    let mut responses = writer.apply(commands, meta).map_err(io::Error::other)?.into_iter();
+    for proposal in proposals {
+        let mut own = responses.by_ref().take(proposal.commands.len());
+        if let Some(ticket) = proposal.ticket {
+            pending.answer(ticket, own.by_ref());
+        }
+        own.for_each(drop);
     }
     Ok(compacted)
-}
-
-fn answer(item: &Item, response: Response) {
-    if let Some(reply) = item.reply.lock().take() {
-        // A client that went away doesn't want its answer.
-        let _ = reply.send(Ok(response));
-    }
 }
 
 /// Replaces the state by a snapshot.
@@ -184,12 +192,20 @@ pub(crate) fn restore(writer: &mut Writer, path: &Path) -> io::Result<()> {
 pub(crate) struct StateMachine {
     thread: Arc<ApplyThread>,
     snapshots: Arc<Snapshots>,
+    pending: Arc<Pending>,
+    identity: Arc<Identity>,
     applied: Applied,
 }
 
 impl StateMachine {
-    pub fn new(thread: Arc<ApplyThread>, snapshots: Arc<Snapshots>, applied: Applied) -> Self {
-        StateMachine { thread, snapshots, applied }
+    pub fn new(
+        thread: Arc<ApplyThread>,
+        snapshots: Arc<Snapshots>,
+        pending: Arc<Pending>,
+        identity: Arc<Identity>,
+        applied: Applied,
+    ) -> Self {
+        StateMachine { thread, snapshots, pending, identity, applied }
     }
 }
 
@@ -208,7 +224,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut ended = false;
         while !ended {
             let (mut proposals, mut responders, mut commands) = (Vec::new(), Vec::new(), 0);
-            let mut applied = self.applied.clone();
+            let mut applied = Applied { cluster: self.identity.cluster(), ..self.applied.clone() };
             while commands < BATCH {
                 let Some(next) = entries.next().await else {
                     ended = true;
@@ -219,7 +235,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 match entry.payload {
                     EntryPayload::Blank => {}
                     EntryPayload::Normal(proposal) => {
-                        commands += proposal.items.len();
+                        commands += proposal.commands.len();
                         proposals.push(proposal);
                     }
                     EntryPayload::Membership(membership) => {
@@ -234,6 +250,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let meta = applied.encode();
             self.thread.ask(|done| Job::Apply { proposals, meta, done }).await??;
             self.applied = applied;
+            self.pending.advance(self.applied.last);
             for responder in responders {
                 responder.send(());
             }
@@ -250,7 +267,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotFile) -> Result<(), io::Error> {
         let dir = self.snapshots.dir.clone();
-        let file = if snapshot.path.parent() == Some(&dir) {
+        let file = if snapshot::is_kept(&dir, &snapshot.path) {
             snapshot
         } else {
             let adopt = move || snapshot::adopt(&dir, &snapshot.path);
@@ -258,7 +275,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         };
         let path = file.path.clone();
         self.thread.ask(|done| Job::Restore { path, done }).await??;
+        self.pending.forget_all();
         self.applied = file.applied.clone();
+        self.pending.advance(self.applied.last);
+        tracing::info!(file = %file.path.display(), bytes = file.live_bytes, "the state was replaced by a snapshot");
         self.snapshots.replace(file);
         Ok(())
     }
@@ -268,9 +288,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 }
 
-type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotFile>;
+pub(crate) type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotFile>;
 
-fn to_raft(file: SnapshotFile) -> Snapshot {
+pub(crate) fn to_raft(file: SnapshotFile) -> Snapshot {
     let last_log_id = file.applied.last.map(to_raft_id);
     let meta = SnapshotMeta { last_log_id, last_membership: file.applied.membership.clone() };
     Snapshot { meta, snapshot: file }
@@ -313,10 +333,11 @@ mod tests {
         let broken = Arc::new(AtomicBool::new(false));
         let thread = {
             let broken = broken.clone();
-            ApplyThread::start(writer, move || broken.store(true, Ordering::SeqCst)).unwrap()
+            ApplyThread::start(writer, Arc::new(Pending::new(1, None)), move || broken.store(true, Ordering::SeqCst))
+                .unwrap()
         };
-        let item = Item { encoded: Bytes::from_static(&[2, 0, 0, 0, 77, 0]), reply: Mutex::new(None) };
-        let proposals = vec![Proposal { items: Arc::new([item]) }];
+        let unknown = Bytes::from_static(&[2, 0, 0, 0, 77, 0]);
+        let proposals = vec![Proposal { ticket: None, commands: Arc::new([unknown]) }];
         let job = |done| Job::Apply { proposals, meta: Bytes::new(), done };
         let error = thread.ask(job).await.unwrap().unwrap_err();
         assert!(error.to_string().contains("newer version"), "{error}");

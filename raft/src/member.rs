@@ -1,9 +1,15 @@
-//! Who this member is: its id, kept in a small file, and the lock that keeps a second process out.
+//! Who this member is: its id and the incarnation of the cluster it belongs to, kept in a small file, and the lock that
+//! keeps a second process out.
+//!
+//! A cluster has a random number that its members tell each other when they connect. A restore or a reset makes a new
+//! incarnation with a new number and the list of those it replaces: a member of an old one that calls is told to start
+//! over, and nothing of an old incarnation ever gets into the log of the new one.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 
 use crate::files;
@@ -15,21 +21,89 @@ const LOCK: &str = "lock";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Member {
     pub id: u64,
+    /// The incarnation of the cluster; None until the member is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<u64>,
+    /// Incarnations that this one took the place of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replaces: Vec<u64>,
 }
 
 impl Member {
     /// Reads the identity in `dir`, or makes one when there is none.
     pub fn load(dir: &Path) -> io::Result<Member> {
-        let path = dir.join(FILE);
-        match std::fs::read(&path) {
+        match std::fs::read(dir.join(FILE)) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let member = Member { id: rand::random::<u64>() >> 1 };
-                files::write(&path, &serde_json::to_vec(&member)?)?;
+                let member = Member { id: random(), cluster: None, replaces: Vec::new() };
+                member.save(dir)?;
                 Ok(member)
             }
             Err(e) => Err(e),
         }
+    }
+
+    pub fn save(&self, dir: &Path) -> io::Result<()> {
+        files::write(&dir.join(FILE), &serde_json::to_vec(self)?)
+    }
+
+    /// The same member in a new incarnation of its cluster, which was `previous` as far as the data tells.
+    pub fn reincarnate(&mut self, previous: Option<u64>) {
+        for old in [self.cluster, previous].into_iter().flatten() {
+            if !self.replaces.contains(&old) {
+                self.replaces.push(old);
+            }
+        }
+        self.cluster = Some(random());
+    }
+}
+
+/// A number that nobody else has; the highest bit is free, for languages without unsigned integers.
+pub(crate) fn random() -> u64 {
+    (rand::random::<u64>() >> 1).max(1)
+}
+
+/// The id of the member whose data directory this is: made at the first call, never changed.
+///
+/// # Errors
+/// The directory can't be made, read or written.
+pub fn member_id(data_dir: &Path) -> io::Result<u64> {
+    files::create_dir(data_dir)?;
+    Ok(Member::load(data_dir)?.id)
+}
+
+/// The identity of a running member.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    dir: PathBuf,
+    pub id: u64,
+    member: RwLock<Member>,
+}
+
+impl Identity {
+    pub fn new(dir: PathBuf, member: Member) -> Identity {
+        Identity { dir, id: member.id, member: RwLock::new(member) }
+    }
+
+    pub fn cluster(&self) -> Option<u64> {
+        self.member.read().cluster
+    }
+
+    /// Whether this member's cluster took the place of that one.
+    pub fn replaces(&self, cluster: u64) -> bool {
+        self.member.read().replaces.contains(&cluster)
+    }
+
+    /// Joins a cluster, durably; a member that is in one already stays there.
+    pub fn adopt(&self, cluster: u64) -> io::Result<()> {
+        let mut member = self.member.write();
+        if member.cluster.is_some() {
+            return Ok(());
+        }
+        let joined = Member { cluster: Some(cluster), ..member.clone() };
+        joined.save(&self.dir)?;
+        *member = joined;
+        Ok(())
     }
 }
 
@@ -50,8 +124,23 @@ mod tests {
     #[test]
     fn the_identity_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let member = Member::load(dir.path()).unwrap();
-        assert_eq!(Member::load(dir.path()).unwrap(), member);
+        let id = member_id(&dir.path().join("db")).unwrap();
+        assert_eq!(member_id(&dir.path().join("db")).unwrap(), id);
+        let identity = Identity::new(dir.path().join("db"), Member::load(&dir.path().join("db")).unwrap());
+        identity.adopt(5).unwrap();
+        identity.adopt(6).unwrap();
+        let mut member = Member::load(&dir.path().join("db")).unwrap();
+        assert_eq!((member.id, member.cluster), (id, Some(5)));
+        member.reincarnate(Some(4));
+        assert_eq!((member.id, &member.replaces[..]), (id, &[5, 4][..]));
+        assert_ne!(member.cluster, Some(5));
+    }
+
+    #[test]
+    fn a_file_of_the_first_version_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(FILE), r#"{"id":42}"#).unwrap();
+        assert_eq!(Member::load(dir.path()).unwrap(), Member { id: 42, cluster: None, replaces: Vec::new() });
     }
 
     #[test]

@@ -38,6 +38,7 @@ const SYNC_STEP: usize = 4 << 20;
 const LEVEL: i32 = 1;
 const SUFFIX: &str = ".snap";
 const UNFINISHED: &str = "unfinished.tmp";
+const INCOMING: &str = "incoming-";
 
 /// A snapshot file couldn't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -89,13 +90,35 @@ pub(crate) struct SnapshotFile {
 /// Writes the pinned state to `dir`. The file is durable, also its name, when this returns.
 pub(crate) fn write(dir: &Path, pinned: &Pinned) -> Result<SnapshotFile, SnapshotError> {
     let unfinished = dir.join(UNFINISHED);
-    let wrong = || io_error("writing", &unfinished);
-    let applied = Applied::decode(pinned.meta().meta.clone()).map_err(wrong())?;
-    let mut out = FrameWriter { file: File::create(&unfinished).map_err(wrong())?, unsynced: 0 };
+    let file = write_file(&unfinished, pinned)?;
+    let path = dir.join(name(file.applied.last));
+    fs::rename(&unfinished, &path).map_err(io_error("naming", &path))?;
+    files::sync_dir(dir).map_err(io_error("syncing", dir))?;
+    Ok(SnapshotFile { path, ..file })
+}
+
+/// Writes the pinned state to a file, whose contents are durable when this returns; its name may not be.
+pub(crate) fn write_file(path: &Path, pinned: &Pinned) -> Result<SnapshotFile, SnapshotError> {
+    let applied = Applied::decode(pinned.meta().meta.clone()).map_err(io_error("writing", path))?;
+    write_rows(path, pinned.meta(), applied, pinned.rows())
+}
+
+/// Writes rows and what goes with them.
+pub(crate) fn write_rows<E>(
+    path: &Path,
+    meta: &SnapshotMeta,
+    applied: Applied,
+    kvs: impl Iterator<Item = Result<KeyValue, E>>,
+) -> Result<SnapshotFile, SnapshotError>
+where
+    SnapshotError: From<E>,
+{
+    let wrong = || io_error("writing", path);
+    let mut out = FrameWriter { file: File::create(path).map_err(wrong())?, unsynced: 0 };
     out.file.write_all(MAGIC).map_err(wrong())?;
-    out.frame(HEAD, &encode_head(pinned.meta())).map_err(wrong())?;
+    out.frame(HEAD, &encode_head(meta)).map_err(wrong())?;
     let (mut rows, mut bytes, mut frame) = (0u64, 0u64, Vec::with_capacity(FRAME + 4096));
-    for kv in pinned.rows() {
+    for kv in kvs {
         encode_row(&kv?, &mut frame);
         rows += 1;
         if frame.len() >= FRAME {
@@ -109,22 +132,31 @@ pub(crate) fn write(dir: &Path, pinned: &Pinned) -> Result<SnapshotFile, Snapsho
         out.frame(ROWS, &frame).map_err(wrong())?;
     }
     out.foot(rows, bytes).map_err(wrong())?;
-    let path = dir.join(name(applied.last));
-    fs::rename(&unfinished, &path).map_err(io_error("naming", &path))?;
-    files::sync_dir(dir).map_err(io_error("syncing", dir))?;
-    Ok(SnapshotFile { path, applied, live_bytes: bytes })
+    Ok(SnapshotFile { path: path.to_path_buf(), applied, live_bytes: bytes })
 }
 
-/// Takes a snapshot file from elsewhere into `dir`, after checking every frame.
+/// Where a snapshot that comes from a peer is written.
+pub(crate) fn incoming(dir: &Path, peer: u64) -> PathBuf {
+    dir.join(format!("{INCOMING}{peer:016x}.tmp"))
+}
+
+/// Whether this is one of the files that `dir` keeps.
+pub(crate) fn is_kept(dir: &Path, path: &Path) -> bool {
+    path.parent() == Some(dir) && path.to_str().is_some_and(|name| name.ends_with(SUFFIX))
+}
+
+/// Takes a snapshot file from elsewhere (or one that came in) into `dir`, after checking every frame.
 pub(crate) fn adopt(dir: &Path, from: &Path) -> Result<SnapshotFile, SnapshotError> {
     let reader = Reader::open(from)?;
     let applied = reader.file.applied.clone();
     for row in reader {
         row?;
     }
-    let unfinished = dir.join(UNFINISHED);
     let path = dir.join(name(applied.last));
-    fs::copy(from, &unfinished).map_err(io_error("copying", from))?;
+    let unfinished = if from.parent() == Some(dir) { from.to_path_buf() } else { dir.join(UNFINISHED) };
+    if unfinished != from {
+        fs::copy(from, &unfinished).map_err(io_error("copying", from))?;
+    }
     File::open(&unfinished).and_then(|file| file.sync_all()).map_err(io_error("syncing", &unfinished))?;
     fs::rename(&unfinished, &path).map_err(io_error("naming", &path))?;
     files::sync_dir(dir).map_err(io_error("syncing", dir))?;
@@ -134,11 +166,10 @@ pub(crate) fn adopt(dir: &Path, from: &Path) -> Result<SnapshotFile, SnapshotErr
 /// The newest snapshot in `dir`, made if need be. Unfinished and older files are removed.
 pub(crate) fn newest(dir: &Path) -> Result<Option<SnapshotFile>, SnapshotError> {
     files::create_dir(dir).map_err(io_error("creating", dir))?;
-    match fs::remove_file(dir.join(UNFINISHED)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("cleaning", dir)(e)),
-        _ => {}
+    for unfinished in names(dir, ".tmp")? {
+        fs::remove_file(&unfinished).map_err(io_error("cleaning", dir))?;
     }
-    match names(dir)?.pop() {
+    match names(dir, SUFFIX)?.pop() {
         Some(newest) => {
             let file = Reader::open(&newest)?.file;
             keep_only(dir, &newest)?;
@@ -150,7 +181,7 @@ pub(crate) fn newest(dir: &Path) -> Result<Option<SnapshotFile>, SnapshotError> 
 
 /// Removes every snapshot but this one.
 pub(crate) fn keep_only(dir: &Path, keep: &Path) -> Result<(), SnapshotError> {
-    for path in names(dir)? {
+    for path in names(dir, SUFFIX)? {
         if path != keep {
             fs::remove_file(&path).map_err(io_error("removing", &path))?;
         }
@@ -158,12 +189,12 @@ pub(crate) fn keep_only(dir: &Path, keep: &Path) -> Result<(), SnapshotError> {
     Ok(())
 }
 
-fn names(dir: &Path) -> Result<Vec<PathBuf>, SnapshotError> {
+fn names(dir: &Path, suffix: &str) -> Result<Vec<PathBuf>, SnapshotError> {
     let wrong = || io_error("listing", dir);
     let mut paths = Vec::new();
     for item in fs::read_dir(dir).map_err(wrong())? {
         let path = item.map_err(wrong())?.path();
-        if path.to_str().is_some_and(|name| name.ends_with(SUFFIX)) {
+        if path.to_str().is_some_and(|name| name.ends_with(suffix)) {
             paths.push(path);
         }
     }

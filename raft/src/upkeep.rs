@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use coracle_store::{Command, Store};
+use openraft::async_runtime::WatchReceiver;
 use tokio::sync::{Notify, watch};
 
-use crate::log::Growth;
+use crate::log::Log;
+use crate::machine::Snapshots;
 use crate::node::Engine;
 use crate::propose::Proposer;
 
@@ -58,16 +60,29 @@ pub(crate) async fn expire_leases(
     }
 }
 
-/// Writes a snapshot whenever the log has grown enough; openraft purges the log behind it.
-pub(crate) async fn snapshots(raft: Engine, growth: Arc<Growth>) {
+/// Writes a snapshot whenever the log has grown enough, and then purges the log behind it; with peers, all but the last
+/// `kept` bytes of it.
+pub(crate) async fn snapshots(raft: Engine, log: Log, snapshots: Arc<Snapshots>, kept: u64) {
+    let growth = snapshots.growth.clone();
     loop {
-        if !growth.is_due() {
-            growth.due.notified().await;
-            continue;
+        tokio::select! {
+            // Also one that was asked for, or came from the leader.
+            () = growth.taken.notified() => {}
+            () = growth.due.notified(), if !growth.is_due() => continue,
+            () = std::future::ready(()), if growth.is_due() => {
+                if raft.trigger().snapshot().await.is_err() {
+                    return; // the engine has stopped
+                }
+                growth.taken.notified().await;
+            }
         }
-        if raft.trigger().snapshot().await.is_err() {
-            return; // the engine has stopped
+        let Some(covered) = snapshots.covered() else { continue };
+        let alone = raft.server_metrics().borrow_watched().membership_config.membership().nodes().count() <= 1;
+        let upto = if alone { Some(covered) } else { log.wal().purgeable(covered, kept) };
+        if let Some(upto) = upto
+            && raft.trigger().purge_log(upto).await.is_err()
+        {
+            return;
         }
-        growth.taken.notified().await;
     }
 }

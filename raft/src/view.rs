@@ -256,6 +256,18 @@ fn remove_others(parent: &Path, keep: &str) {
     }
 }
 
+/// Removes every state directory and the marker.
+pub(crate) fn remove_all(parent: &Path) -> io::Result<()> {
+    match fs::remove_file(parent.join(MARKER)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    for number in numbered(parent)? {
+        fs::remove_dir_all(parent.join(format!("{PREFIX}{number}")))?;
+    }
+    Ok(())
+}
+
 fn sync_tree(path: &Path) -> io::Result<()> {
     for item in fs::read_dir(path)? {
         let item = item?;

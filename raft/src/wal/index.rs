@@ -187,6 +187,20 @@ impl Index {
         })
     }
 
+    /// The last entry that may be purged when as many of the newest ones up to `end` as fit in `bytes` are to stay.
+    pub fn purgeable(&self, end: u64, bytes: u64) -> Option<u64> {
+        let mut kept = 0;
+        let count = usize::try_from((end + 1).saturating_sub(self.first)).unwrap_or(usize::MAX);
+        let slots = self.slots.iter().enumerate().take(count).rev();
+        for (at, slot) in slots {
+            kept += slot.location.as_ref().map_or(0, |location| u64::from(location.length));
+            if kept > bytes {
+                return Some(self.first + at as u64);
+            }
+        }
+        None
+    }
+
     fn slot(&self, index: u64) -> Option<&Slot> {
         self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }

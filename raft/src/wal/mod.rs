@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -39,7 +40,7 @@ use self::recover::{Closed, Recovered, recover};
 use self::segment::{Carried, Segment};
 use self::spare::SpareKeeper;
 pub(crate) use self::writer::{Done, SyncFile};
-use self::writer::{LogThread, Request};
+use self::writer::{LogThread, Pulse, Request};
 
 /// Zeros written at once into the very first segment, so that a first start has few growing writes and no big ones.
 const FIRST_SIZE: u64 = 256 << 10;
@@ -73,6 +74,7 @@ pub(crate) struct Wal {
     dir: PathBuf,
     index: Arc<Mutex<Index>>,
     spares: Arc<SpareKeeper>,
+    pulse: Arc<Pulse>,
     requests: Option<Sender<Request>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -105,7 +107,9 @@ impl Wal {
         };
         let spares = Arc::new(SpareKeeper::new(dir.to_path_buf(), options.segment_size));
         let index = Arc::new(Mutex::new(index));
+        let pulse = Arc::new(Pulse::default());
         let thread = LogThread {
+            pulse: pulse.clone(),
             dir: dir.to_path_buf(),
             segment_size: options.segment_size,
             sync: options.sync,
@@ -122,7 +126,7 @@ impl Wal {
             .name("coracle-wal".to_owned())
             .spawn(move || thread.run(&queue))
             .map_err(WalError::io("starting the log thread for", dir))?;
-        Ok(Wal { dir: dir.to_path_buf(), index, spares, requests: Some(requests), thread: Some(thread) })
+        Ok(Wal { dir: dir.to_path_buf(), index, spares, pulse, requests: Some(requests), thread: Some(thread) })
     }
 
     /// From now on the next segment may be prepared in the background.
@@ -217,6 +221,16 @@ impl Wal {
     /// Bytes and number of the entries behind `after`.
     pub fn size_after(&self, after: Option<u64>) -> (u64, u64) {
         self.index.lock().size_after(after)
+    }
+
+    /// The last entry that may be purged when as many of the newest ones up to `end` as fit in `bytes` are to stay.
+    pub fn purgeable(&self, end: u64, bytes: u64) -> Option<u64> {
+        self.index.lock().purgeable(end, bytes)
+    }
+
+    /// For how long the disk has not answered the write that it is asked to do now.
+    pub fn stalled(&self) -> Duration {
+        self.pulse.stalled()
     }
 
     /// True once the entry can be read back from disk.

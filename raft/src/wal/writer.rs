@@ -9,7 +9,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -26,6 +28,37 @@ pub(crate) type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// Makes a file's written data durable; replaced only by tests of failing disks.
 pub(crate) type SyncFile = Arc<dyn Fn(&File) -> io::Result<()> + Send + Sync>;
 
+/// Tells a disk that is slow from one that doesn't answer.
+pub(crate) struct Pulse {
+    origin: Instant,
+    /// Milliseconds from the origin to the begin of the write under way, plus one; 0 while there is none.
+    begun: AtomicU64,
+}
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Pulse { origin: Instant::now(), begun: AtomicU64::new(0) }
+    }
+}
+
+impl Pulse {
+    fn begin(&self) {
+        self.begun.store(self.origin.elapsed().as_millis() as u64 + 1, Ordering::Relaxed);
+    }
+
+    fn end(&self) {
+        self.begun.store(0, Ordering::Relaxed);
+    }
+
+    /// The age of the write under way.
+    pub fn stalled(&self) -> Duration {
+        match self.begun.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            begun => self.origin.elapsed().saturating_sub(Duration::from_millis(begun - 1)),
+        }
+    }
+}
+
 /// One request to the log thread.
 pub(crate) struct Request {
     pub records: Vec<Record>,
@@ -39,6 +72,7 @@ const MAX_WRITE: usize = 4 << 20;
 const KEPT_BUFFER: usize = 1 << 20;
 
 pub(crate) struct LogThread {
+    pub pulse: Arc<Pulse>,
     pub dir: PathBuf,
     pub segment_size: u64,
     pub sync: SyncFile,
@@ -85,7 +119,10 @@ impl LogThread {
     }
 
     fn commit(&mut self, batch: Vec<Request>) -> io::Result<()> {
-        match self.write(&batch) {
+        self.pulse.begin();
+        let written = self.write(&batch);
+        self.pulse.end();
+        match written {
             Ok(()) => {
                 for done in batch.into_iter().filter_map(|request| request.done) {
                     done(Ok(()));

@@ -1,6 +1,11 @@
 //! openraft's own suite on our log and state machine, and stories about a node.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod cluster;
+mod faults;
+mod network;
+mod offline;
+mod several;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,12 +15,13 @@ use coracle_store::{Command, Op, Response, Store, Txn};
 use openraft::testing::log::{StoreBuilder, Suite};
 use tempfile::TempDir;
 
-use crate::entry::{Peer, TypeConfig, to_raft_id, to_wal};
+use crate::entry::TypeConfig;
 use crate::log::{Growth, Log};
 use crate::machine::{ApplyThread, Snapshots, StateMachine};
-use crate::member::Member;
+use crate::member::{Identity, Member};
+use crate::pending::Pending;
 use crate::view::Backend;
-use crate::wal::{LogId, SyncFile, Wal, WalOptions};
+use crate::wal::{SyncFile, Wal, WalOptions};
 use crate::{Node, Options, ProposeError, StartError};
 
 struct Builder;
@@ -29,8 +35,10 @@ impl StoreBuilder<TypeConfig, Log, StateMachine, TempDir> for Builder {
         let snapshot_dir = dir.path().join("snapshot");
         let current = crate::snapshot::newest(&snapshot_dir).unwrap();
         let snapshots = Arc::new(Snapshots::new(snapshot_dir, 1 << 20, current, growth.clone()));
-        let apply = Arc::new(ApplyThread::start(writer, || ()).unwrap());
-        let machine = StateMachine::new(apply, snapshots, Default::default());
+        let pending = Arc::new(Pending::new(0, None));
+        let identity = Arc::new(Identity::new(dir.path().to_path_buf(), Member::load(dir.path()).unwrap()));
+        let apply = Arc::new(ApplyThread::start(writer, pending.clone(), || ()).unwrap());
+        let machine = StateMachine::new(apply, snapshots, pending, identity, Default::default());
         Ok((dir, Log::new(wal, growth), machine))
     }
 }
@@ -309,19 +317,4 @@ async fn a_command_that_is_too_long_is_refused_and_harms_nothing() {
     let node = Node::start(options(&dir, Backend::Memory)).await.unwrap();
     assert_eq!(value(&node, "/a").unwrap().len(), 3 << 20);
     node.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_of_several_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let me = Member::load(dir.path()).unwrap().id;
-    let peers = BTreeMap::from([(me, Peer::default()), (me + 1, Peer::default())]);
-    let membership = openraft::Membership::new(vec![BTreeSet::from([me, me + 1])], peers).unwrap();
-    let log_id = to_raft_id(LogId { term: 0, index: 0 });
-    let entry = openraft::Entry { log_id, payload: openraft::EntryPayload::Membership(membership) };
-    let wal = Wal::open(&dir.path().join("wal"), WalOptions::new(1 << 20)).unwrap();
-    wal.append(vec![to_wal(&entry)], Box::new(|result| result.unwrap())).unwrap();
-    drop(wal);
-    let error = Node::start(options(&dir, Backend::Memory)).await.unwrap_err();
-    assert!(matches!(error, StartError::HasPeers { members: 2, .. }), "{error}");
 }
