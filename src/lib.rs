@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`cli`] | flags, configuration file, the commands |
 //! | [`server`] | starts and stops everything a server runs |
+//! | [`node`] | `coracle agent`: a node without a server in its process |
 //! | [`auth`] | certificates, tokens, who the caller is, what the caller may do |
 //! | [`apiserver`] | listener, request grammar, the generic verbs over stored bytes, discovery |
 //! | [`schema`] | the table of all API types: decoding, defaults, validation of fields, patches |
@@ -22,6 +23,7 @@ pub mod apiserver;
 pub mod auth;
 pub mod cli;
 pub mod controllers;
+pub mod node;
 pub mod programs;
 pub mod scheduler;
 pub mod schema;

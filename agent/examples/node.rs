@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use coracle_agent::{AgentConfig, node_link, run};
+use coracle_agent::{Access, AgentConfig, node_link, run};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> anyhow::Result<()> {
@@ -30,11 +30,12 @@ async fn node() -> anyhow::Result<()> {
     config.hello = Box::leak(std::fs::read(hello).context("read the hello program")?.into_boxed_slice());
     let shutdown = CancellationToken::new();
     let (_link, listener) = node_link();
+    let access = Access { client, link: Some(listener), servers: None };
     let stop = shutdown.clone();
     tokio::spawn(async move {
         let _ = tokio::signal::ctrl_c().await;
         stop.cancel();
     });
-    run(config, client, listener, shutdown).await?;
+    run(config, access, shutdown).await?;
     Ok(())
 }

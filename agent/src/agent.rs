@@ -22,6 +22,7 @@ use crate::kubelet::server::NodeService;
 use crate::kubelet::static_pods::StaticPods;
 use crate::kubelet::{addresses, worker};
 use crate::net::{Network, NetworkConfig, Parts, PodNetwork};
+use crate::servers::Servers;
 use crate::runtime::{Embedded, PodSandboxFilter, Runtime, RuntimeOptions};
 use crate::volume::VolumeHost;
 use crate::{AgentConfig, NodeLinkListener};
@@ -53,19 +54,28 @@ pub enum AgentError {
     Runtime(#[source] crate::runtime::RuntimeError),
 }
 
+/// How the node and the servers of its cluster reach each other.
+pub struct Access {
+    /// The API under the node's own identity (`system:node:<name>`).
+    pub client: kube::Client,
+    /// Where requests of the server of this process arrive.
+    pub link: Option<NodeLinkListener>,
+    /// The servers in other processes, to which tunnels are kept.
+    pub servers: Option<Servers>,
+}
+
 /// Runs the node until `shutdown` is cancelled; pods keep running after it returns.
 ///
-/// `client` carries the node's own identity (`system:node:<name>`), `link` is where the API server's requests to the
-/// node arrive. A failure of the API server is waited out, never returned.
+/// A failure of servers is waited out, never returned.
 ///
 /// # Errors
 /// Only what cannot heal by itself: an unusable data directory or a kernel without what containers need.
 pub async fn run(
     mut config: AgentConfig,
-    client: kube::Client,
-    link: NodeLinkListener,
+    access: Access,
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
+    let Access { client, link, servers } = access;
     let agent_dir = config.agent_dir();
     for folder in ["pods", "images", "pod-manifests"] {
         make_dir(agent_dir.join(folder))?;
@@ -99,7 +109,14 @@ pub async fn run(
     let static_pods = StaticPods::new(agent_dir.join("pod-manifests"), config.node_name.clone());
     let machine = Machine::read(&config.data_dir, &context.runtime.version());
     tasks.spawn(NodeSync::new(context.clone(), machine).run(shutdown.clone()));
-    tasks.spawn(link.serve(NodeService::new(context.clone(), board.clone()), shutdown.clone()));
+    let service = NodeService::new(context.clone(), board.clone());
+    if let Some(link) = link {
+        tasks.spawn(link.serve(service.clone(), shutdown.clone()));
+    }
+    if let Some(servers) = servers {
+        tasks.spawn(crate::servers::learn::run(client.clone(), servers.list.clone(), shutdown.clone()));
+        tasks.spawn(crate::link::dial::run(servers, service, shutdown.clone()));
+    }
     tasks.spawn(Manager::new(context, board, shutdown.clone()).run(client, static_pods));
     tasks.close();
     tasks.wait().await;

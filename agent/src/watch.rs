@@ -294,6 +294,7 @@ impl Watcher {
 async fn get(client: &kube::Client, uri: String) -> Result<Body, WatchError> {
     let request = http::Request::get(uri)
         .header(http::header::ACCEPT, "application/json")
+        .extension(crate::servers::pool::Patient)
         .body(Body::empty())
         .map_err(WatchError::Build)?;
     let response = client.send(request).await.map_err(WatchError::Request)?;

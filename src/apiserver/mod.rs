@@ -20,6 +20,7 @@
 //! | [`write`], [`patch`], [`delete`] | create and update, patch, delete and deletecollection |
 //! | [`confine`] | what an update may not change |
 //! | [`subresource`] | what lies below an object's path |
+//! | [`links`] | which nodes can be reached, and how |
 //! | [`reviews`] | kinds that are questions, and token requests |
 //! | [`metadata`], [`names`], [`tracking`] | what every object has, filled in and checked; `managedFields` |
 //! | [`codec`], [`convert`], [`yaml`] | bodies, defaults, versions, answers as YAML |
@@ -41,6 +42,7 @@ pub mod field;
 pub mod fields;
 pub mod health;
 pub mod limits;
+pub mod links;
 pub mod listener;
 pub mod metadata;
 pub mod names;

@@ -7,6 +7,7 @@ use super::body::Body;
 use super::call::{Call, add_warnings, respond};
 use super::health::{self, Health};
 use super::limits::Limits;
+use super::links::NodeLinks;
 use super::query::{self, Query};
 use super::registry::{Registry, Snapshot};
 use super::request::RequestInfo;
@@ -18,11 +19,9 @@ use super::{delete, discovery, openapi, patch, read, watch, write};
 use crate::admission::Admission;
 use crate::auth::{Authorizer, Identity};
 use crate::strategy::service::allocation::ServiceNetwork;
-use coracle_agent::NodeLink;
 use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use parking_lot::{Mutex, RwLock};
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -60,7 +59,7 @@ struct Inner {
     /// The lease that expiring objects are bound to at present, its time to live, and when it was made.
     lease: Mutex<Option<(u64, u64, Instant)>>,
     reviews: OnceLock<Arc<dyn Reviews>>,
-    nodes: RwLock<HashMap<String, NodeLink>>,
+    links: NodeLinks,
     paths: RwLock<Vec<(String, PathHandler)>>,
 }
 
@@ -78,7 +77,7 @@ impl ApiServer {
                 limits: Limits::default(),
                 lease: Mutex::new(None),
                 reviews: OnceLock::new(),
-                nodes: RwLock::default(),
+                links: NodeLinks::default(),
                 paths: RwLock::default(),
             }),
         }
@@ -128,18 +127,9 @@ impl ApiServer {
         self.inner.reviews.get().ok_or_else(|| Status::unavailable("the server is starting"))
     }
 
-    /// Says how a node is reached; none when it no longer is.
-    pub fn set_node_link(&self, node: &str, link: Option<NodeLink>) {
-        let mut nodes = self.inner.nodes.write();
-        match link {
-            Some(link) => nodes.insert(node.to_owned(), link),
-            None => nodes.remove(node),
-        };
-    }
-
-    /// The way to a node.
-    pub fn node_link(&self, node: &str) -> Option<NodeLink> {
-        self.inner.nodes.read().get(node).cloned()
+    /// The ways to the nodes.
+    pub fn links(&self) -> &NodeLinks {
+        &self.inner.links
     }
 
     /// Serves a path (and, when it ends in a slash, everything below), e.g. `/metrics` or `/openapi/`. Authorization has

@@ -27,6 +27,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a server: API, controllers, scheduler, and a node unless --disable-agent
     Server(Box<ServerArgs>),
+    /// Run a node that joins the servers of a cluster
+    Agent(Box<super::agent::AgentArgs>),
     /// List, import and remove container images of this machine
     Images(ImagesArgs),
     /// Run kubectl against the server of this machine

@@ -1,4 +1,4 @@
-//! The configuration file: a YAML mapping whose keys are the flag names of `coracle server`. What the command line or the
+//! The configuration file: a YAML mapping whose keys are the flag names of `coracle server` or `coracle agent`. What the command line or the
 //! environment sets wins; drop-ins (`config.yaml.d/*.yaml`, in order of their names) win over the file.
 
 use std::collections::BTreeMap;
@@ -9,16 +9,16 @@ use anyhow::{Context, bail};
 use clap::parser::ValueSource;
 use serde_yaml::Value;
 
-/// Puts the file's settings before the flags that were given. Commands other than `server` have no file.
+/// Puts the file's settings before the flags that were given. Commands other than `server` and `agent` have no file.
 pub fn merge(command: clap::Command, argv: Vec<OsString>) -> anyhow::Result<Vec<OsString>> {
     let Ok(matches) = command.clone().try_get_matches_from(&argv) else {
         // Whatever is wrong is reported by the real parse.
         return Ok(argv);
     };
-    let Some(("server", server)) = matches.subcommand() else { return Ok(argv) };
-    let Some(flags) = command.find_subcommand("server") else { return Ok(argv) };
-    let given = |id: &str| matches!(server.value_source(id), Some(ValueSource::CommandLine | ValueSource::EnvVariable));
-    let path = server.get_one::<PathBuf>("config").cloned().unwrap_or_default();
+    let Some((name @ ("server" | "agent"), chosen)) = matches.subcommand() else { return Ok(argv) };
+    let Some(flags) = command.find_subcommand(name) else { return Ok(argv) };
+    let given = |id: &str| matches!(chosen.value_source(id), Some(ValueSource::CommandLine | ValueSource::EnvVariable));
+    let path = chosen.get_one::<PathBuf>("config").cloned().unwrap_or_default();
     let settings = read(&path, given("config"))?;
     let mut faults = Vec::new();
     let mut from_file: Vec<OsString> = Vec::new();

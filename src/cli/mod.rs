@@ -7,11 +7,13 @@
 //! | [`args`] | every command and flag, once: help, completion and configuration keys follow from it |
 //! | [`config_file`] | the YAML file and its drop-ins; keys are the flag names |
 //! | [`settings`] | raw flags become checked [`crate::server::Settings`], all faults reported together |
+//! | [`agent`] | `coracle agent` |
 //! | [`images`] | `coracle images` |
 //! | [`kubectl`] | `coracle kubectl` |
 //! | [`check_config`] | `coracle check-config` |
 //! | [`uninstall`] | `coracle uninstall` |
 
+pub mod agent;
 pub mod args;
 pub mod check_config;
 pub mod config_file;
@@ -71,6 +73,11 @@ fn run() -> anyhow::Result<ExitCode> {
             start_logging(args.verbose);
             let settings = settings::check(*args)?;
             runtime()?.block_on(crate::server::run(settings))?;
+        }
+        Command::Agent(args) => {
+            start_logging(args.verbose);
+            let settings = agent::check(*args)?;
+            runtime()?.block_on(crate::node::run(settings))?;
         }
         Command::Images(args) => return images::run(args),
         Command::Uninstall(args) => return uninstall::run(args),

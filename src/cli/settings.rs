@@ -15,11 +15,13 @@ const COMPONENTS: [&str; 2] = ["coredns", "kube-proxy"];
 /// Names that k3s users disable and that Coracle never had: accepted, nothing to do.
 const ABSENT: [&str; 5] = ["traefik", "servicelb", "metrics-server", "local-storage", "runtimes"];
 
+/// What is wrong with the flags, one line each.
 #[derive(Default)]
-struct Faults(Vec<String>);
+pub(super) struct Faults(pub(super) Vec<String>);
 
 impl Faults {
-    fn check<T, E: std::fmt::Display>(&mut self, flag: &str, value: &str, parsed: Result<T, E>) -> Option<T> {
+    /// What was parsed; a failure is noted.
+    pub(super) fn check<T, E: std::fmt::Display>(&mut self, flag: &str, value: &str, parsed: Result<T, E>) -> Option<T> {
         parsed.map_err(|e| self.0.push(format!("--{flag} {value:?}: {e}"))).ok()
     }
 }
@@ -59,13 +61,7 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         let valid = if valid { Ok(()) } else { Err("expected a DNS name or an IP address") };
         faults.check("tls-san", san, valid);
     }
-    for name in &args.disable {
-        if ABSENT.contains(&name.as_str()) {
-            tracing::warn!(name, "nothing to disable, Coracle does not have this component");
-        } else if !COMPONENTS.contains(&name.as_str()) {
-            faults.0.push(format!("--disable {name:?}: no such component; there are {}", COMPONENTS.join(", ")));
-        }
-    }
+    check_components(&args.disable, &mut faults);
     if args.https_listen_port == 0 {
         faults.0.push("--https-listen-port 0: expected a port from 1 to 65535".to_owned());
     }
@@ -106,13 +102,24 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     })
 }
 
+/// Names that `--disable` may have.
+pub(super) fn check_components(disabled: &[String], faults: &mut Faults) {
+    for name in disabled {
+        if ABSENT.contains(&name.as_str()) {
+            tracing::warn!(name, "nothing to disable, Coracle does not have this component");
+        } else if !COMPONENTS.contains(&name.as_str()) {
+            faults.0.push(format!("--disable {name:?}: no such component; there are {}", COMPONENTS.join(", ")));
+        }
+    }
+}
+
 /// The host's name, in the form a Node may have.
-fn host_name() -> anyhow::Result<String> {
+pub(super) fn host_name() -> anyhow::Result<String> {
     let name = nix::unistd::gethostname()?;
     Ok(name.to_string_lossy().to_lowercase())
 }
 
-fn node_name(name: &str) -> Result<String, String> {
+pub(super) fn node_name(name: &str) -> Result<String, String> {
     domain_name(name)?;
     Ok(name.to_owned())
 }
@@ -158,13 +165,13 @@ fn file_mode(text: &str) -> Result<u32, String> {
         .ok_or_else(|| "expected an octal mode that the owner can read, such as \"0600\"".to_owned())
 }
 
-fn label(text: &str) -> Result<(String, String), String> {
+pub(super) fn label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
     let faults: Vec<String> = names::qualified_name(key).into_iter().chain(names::label_value(value)).collect();
     if faults.is_empty() { Ok((key.to_owned(), value.to_owned())) } else { Err(faults.join("; ")) }
 }
 
-fn taint(text: &str) -> Result<Taint, String> {
+pub(super) fn taint(text: &str) -> Result<Taint, String> {
     let (key_value, effect) = text.rsplit_once(':').ok_or("expected KEY=VALUE:EFFECT or KEY:EFFECT")?;
     if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
         return Err(format!("effect {effect:?} is none of NoSchedule, PreferNoSchedule, NoExecute"));

@@ -112,9 +112,10 @@ pub async fn admit(call: &Call<'_>, options: &mut Value) -> Result<(), Status> {
 
 /// The link to a node.
 pub fn link(call: &Call<'_>, node: &str) -> Result<NodeLink, Status> {
-    call.server
-        .node_link(node)
-        .ok_or_else(|| Status::internal(format!("error dialing backend: node \"{node}\" is not connected")))
+    call.server.links().get(node).ok_or_else(|| {
+        let text = format!("error dialing backend: no connection to node \"{node}\"");
+        Status::new(StatusCode::BAD_GATEWAY, "", text)
+    })
 }
 
 const LOG_PARAMETERS: [&str; 8] =
@@ -256,7 +257,8 @@ pub async fn send(
     headers.insert(header::HOST, header::HeaderValue::from_static("node"));
     let mut request = Request::builder().method(method).uri(path).body(body).map_err(Status::internal)?;
     *request.headers_mut() = headers;
-    link.send(request).await.map_err(|error| Status::internal(format!("error dialing backend: {error}")))
+    let failed = |error| Status::new(StatusCode::BAD_GATEWAY, "", format!("error dialing backend: {error}"));
+    link.send(request).await.map_err(failed)
 }
 
 /// What a node's refusal means to the client.

@@ -1,6 +1,6 @@
-//! How the API server reaches a node's HTTP service without a port: in-memory streams inside one process.
+//! The own agent of a server: in-memory streams inside one process.
 //!
-//! [`NodeLink`] is the API server's end (clone it freely), [`NodeLinkListener`] the agent's. Each connection carries
+//! [`Pipe`] is the API server's end (clone it freely), [`NodeLinkListener`] the agent's. Each connection carries
 //! HTTP/1.1 with upgrades, so exec, attach and port-forward work as they would over TCP.
 
 use std::convert::Infallible;
@@ -15,36 +15,27 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
+use super::{LinkBody, NodeLink, NodeLinkError};
+
 /// Bytes in flight per direction and connection.
 const PIPE_BYTES: usize = 64 * 1024;
-/// Connections that wait to be accepted before [`NodeLink::connect`] waits too.
+/// Connections that wait to be accepted before [`Pipe::connect`] waits too.
 const BACKLOG: usize = 16;
-
-/// The node is not reachable.
-#[derive(Debug, thiserror::Error)]
-pub enum NodeLinkError {
-    /// The agent has stopped or was never started.
-    #[error("the agent of this node is not running")]
-    Closed,
-    /// The HTTP exchange broke.
-    #[error("request to the node's HTTP service")]
-    Http(#[source] hyper::Error),
-}
 
 /// Makes both ends.
 #[must_use]
 pub fn node_link() -> (NodeLink, NodeLinkListener) {
     let (sender, receiver) = mpsc::channel(BACKLOG);
-    (NodeLink { sender }, NodeLinkListener { receiver })
+    (NodeLink::Pipe(Pipe { sender }), NodeLinkListener { receiver })
 }
 
 /// The end that calls.
 #[derive(Debug, Clone)]
-pub struct NodeLink {
+pub struct Pipe {
     sender: mpsc::Sender<DuplexStream>,
 }
 
-impl NodeLink {
+impl Pipe {
     /// A raw connection to the node's HTTP service.
     ///
     /// # Errors
@@ -55,17 +46,8 @@ impl NodeLink {
         Ok(ours)
     }
 
-    /// Sends one request on a connection of its own. For an upgrade, await `hyper::upgrade::on(&mut response)` after a
-    /// `101 Switching Protocols`; the connection lives until both bodies or the upgraded stream are dropped.
-    ///
-    /// # Errors
-    /// [`NodeLinkError::Closed`] when no agent listens, [`NodeLinkError::Http`] when the exchange breaks.
-    pub async fn send<B>(&self, request: Request<B>) -> Result<Response<Incoming>, NodeLinkError>
-    where
-        B: Body + Send + 'static,
-        B::Data: Send,
-        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    {
+    /// Sends one request on a connection of its own, which lives until both bodies or the upgraded stream are dropped.
+    pub(super) async fn send(&self, request: Request<LinkBody>) -> Result<Response<Incoming>, NodeLinkError> {
         let stream = self.connect().await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(NodeLinkError::Http)?;
@@ -85,7 +67,7 @@ pub struct NodeLinkListener {
 }
 
 impl NodeLinkListener {
-    /// The next connection, or `None` once every [`NodeLink`] is gone.
+    /// The next connection, or `None` once every [`Pipe`] is gone.
     pub async fn accept(&mut self) -> Option<DuplexStream> {
         self.receiver.recv().await
     }
@@ -168,6 +150,7 @@ mod tests {
 
         shutdown.cancel();
         server.await.unwrap();
-        assert!(matches!(link.connect().await, Err(NodeLinkError::Closed)));
+        let late = link.send(Request::get("http://node/healthz").body(Empty::<Bytes>::new()).unwrap()).await;
+        assert!(matches!(late, Err(NodeLinkError::Closed)));
     }
 }
