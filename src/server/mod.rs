@@ -8,6 +8,7 @@
 //! | [`address`] | the address of this machine |
 //! | [`identities`] | in-process clients under their own identities |
 //! | [`bootstrap`] | what every cluster has from its first second |
+//! | [`own_node`] | the agent in this process |
 //! | [`upkeep`] | small chores of the leader |
 //!
 //! # Tasks
@@ -23,6 +24,7 @@ pub mod address;
 pub mod bootstrap;
 pub mod identities;
 pub mod lock;
+pub mod own_node;
 pub mod upkeep;
 
 use std::net::{IpAddr, SocketAddr};
@@ -33,14 +35,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use coracle_agent::AgentConfig;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
-use crate::apiserver::{ApiServer, backend::Backend, protocols::Protocols, service::Parts};
+use crate::apiserver::{ApiServer, backend::Backend, protocols::{self, Protocols}, service::Parts};
 use crate::auth::security::ServingNames;
 use crate::auth::{Identity, Security, rbac};
 use crate::controllers;
@@ -168,6 +169,7 @@ impl Server {
         add_health_checks(&api, &raft, &started, clock_problem);
 
         let protocols = Protocols::default();
+        protocols.on(protocols::LINK, api.links().handler());
         let mut addresses = node_ips.clone();
         addresses.extend([advertise, settings.bind_address, service_ip]);
         let names = ServingNames {
@@ -200,7 +202,7 @@ impl Server {
         tasks.push(("certificate signer", security.spawn_signer(&api, raft.leadership(), &shutdown)));
         tasks.push(("upkeep", tokio::spawn(upkeep::run(api.clone(), raft.leadership(), shutdown.clone()))));
         if settings.agent {
-            tasks.push(("agent", start_agent(&api, &settings, node_ips, shutdown.clone())));
+            tasks.push(("agent", own_node::start(&api, &security, &settings, node_ips, &address, &shutdown)));
         }
         started.store(true, Ordering::Release);
         tracing::info!(address = %listen, milliseconds = begin.elapsed().as_millis() as u64, "the API is ready");
@@ -251,36 +253,4 @@ fn write_kubeconfigs(settings: &Settings, security: &Security, listen: SocketAdd
     security
         .write_admin_kubeconfig(path, settings.kubeconfig_mode, &url)
         .with_context(|| format!("--write-kubeconfig {:?}", path.display()))
-}
-
-fn start_agent(
-    api: &ApiServer,
-    settings: &Settings,
-    node_ips: Vec<IpAddr>,
-    shutdown: CancellationToken,
-) -> tokio::task::JoinHandle<()> {
-    let config = AgentConfig {
-        node_ips,
-        node_labels: settings.node_labels.clone(),
-        node_taints: settings.node_taints.clone(),
-        cluster_cidr: vec![settings.cluster_cidr],
-        service_cidr: vec![settings.service_cidr],
-        cluster_dns: vec![settings.cluster_dns],
-        cluster_domain: settings.cluster_domain.clone(),
-        resolv_conf: settings.resolv_conf.clone(),
-        service_proxy: settings.service_proxy,
-        dns: settings.dns,
-        shim: include_bytes!(env!("CORACLE_SHIM")),
-        hello: include_bytes!(env!("CORACLE_HELLO")),
-        ..AgentConfig::new(settings.data_dir.clone(), settings.node_name.clone())
-    };
-    let client = crate::apiserver::client(api, Identity::node(&settings.node_name));
-    let (link, listener) = coracle_agent::node_link();
-    api.set_node_link(&settings.node_name, Some(link));
-    tokio::spawn(async move {
-        if let Err(error) = coracle_agent::run(config, client, listener, shutdown).await {
-            let error = anyhow::Error::from(error);
-            tracing::error!(error = format!("{error:#}"), "the agent cannot run; the server goes on without a node");
-        }
-    })
 }

@@ -1,0 +1,106 @@
+//! The agent in this process. Its own API is a call away; to the other servers it keeps tunnels, so that they reach its
+//! node without this server.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use coracle_agent::servers::resolve::Resolver;
+use coracle_agent::servers::{Dialer, NodeIdentity, ServerList, Servers};
+use coracle_agent::{Access, AgentConfig};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::Settings;
+use crate::apiserver::ApiServer;
+use crate::auth::pki::{ClusterKeys, LeafRequest, Usage};
+use crate::auth::{Identity, Security};
+
+/// A certificate for tunnels is replaced this often; it lives a year.
+const RENEW: Duration = Duration::from_secs(60 * 24 * 3600);
+/// How often its age is looked at; jumps of the clock make one long sleep unreliable.
+const CHECK: Duration = Duration::from_secs(6 * 3600);
+
+/// Starts the agent. `own` is the advertised `host:port`.
+pub fn start(
+    api: &ApiServer,
+    security: &Security,
+    settings: &Settings,
+    node_ips: Vec<IpAddr>,
+    own: &str,
+    shutdown: &CancellationToken,
+) -> JoinHandle<()> {
+    let config = AgentConfig {
+        node_ips,
+        node_labels: settings.node_labels.clone(),
+        node_taints: settings.node_taints.clone(),
+        cluster_cidr: vec![settings.cluster_cidr],
+        service_cidr: vec![settings.service_cidr],
+        cluster_dns: vec![settings.cluster_dns],
+        cluster_domain: settings.cluster_domain.clone(),
+        resolv_conf: settings.resolv_conf.clone(),
+        service_proxy: settings.service_proxy,
+        dns: settings.dns,
+        shim: crate::programs::SHIM,
+        hello: crate::programs::HELLO,
+        ..AgentConfig::new(settings.data_dir.clone(), settings.node_name.clone())
+    };
+    let client = crate::apiserver::client(api, Identity::node(&settings.node_name));
+    let (link, listener) = coracle_agent::node_link();
+    let registration = api.links().register(&settings.node_name, link);
+    let servers = other_servers(&config, &security.keys, own, shutdown)
+        .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no tunnels to other servers"))
+        .ok();
+    let access = Access { client, link: Some(listener), servers };
+    let shutdown = shutdown.clone();
+    tokio::spawn(async move {
+        let _registration = registration;
+        if let Err(error) = coracle_agent::run(config, access, shutdown).await {
+            let error = anyhow::Error::from(error);
+            tracing::error!(error = format!("{error:#}"), "the agent cannot run; the server goes on without a node");
+        }
+    })
+}
+
+/// The way to the other servers, under the node's identity.
+fn other_servers(
+    config: &AgentConfig,
+    keys: &Arc<ClusterKeys>,
+    own: &str,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<Servers> {
+    let identity = NodeIdentity::default();
+    issue(&identity, keys, &config.node_name)?;
+    let roots = [keys.server_ca.certificate().clone()];
+    let resolver = Resolver::new(config.resolv_conf.clone());
+    let dialer = Dialer::new(&roots, identity.clone(), resolver).context("trust the cluster's CA")?;
+    let renewal = renew(identity, keys.clone(), config.node_name.clone());
+    tokio::spawn(shutdown.clone().run_until_cancelled_owned(renewal));
+    let list = ServerList::open(&config.agent_dir(), None);
+    Ok(Servers { list, dialer, own: Some(own.to_owned()) })
+}
+
+/// Every server holds the CA's key: its node's certificate needs no request.
+fn issue(identity: &NodeIdentity, keys: &ClusterKeys, node_name: &str) -> anyhow::Result<()> {
+    let user = format!("system:node:{node_name}");
+    let request =
+        LeafRequest { common_name: &user, organization: Some("system:nodes"), names: &[], usage: Usage::Client };
+    let leaf = keys.client_ca.issue(&request, SystemTime::now()).context("issue the node's certificate")?;
+    identity.set(vec![leaf.certificate.clone()], &leaf.key_der()).context("use the node's certificate")
+}
+
+async fn renew(identity: NodeIdentity, keys: Arc<ClusterKeys>, node_name: String) {
+    let mut issued = SystemTime::now();
+    loop {
+        tokio::time::sleep(CHECK).await;
+        // A clock that went back makes the age unknown.
+        if SystemTime::now().duration_since(issued).is_ok_and(|age| age < RENEW) {
+            continue;
+        }
+        match issue(&identity, &keys, &node_name) {
+            Ok(()) => issued = SystemTime::now(),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "node certificate not renewed"),
+        }
+    }
+}
