@@ -16,6 +16,7 @@
 //! | [`net`] | pod attachment, addresses, service proxy over nftables |
 //! | [`dns`] | the cluster DNS responder |
 //! | [`memory`] | settings of the allocator |
+//! | [`websocket`] | the server's side of the handshake |
 //! | `files` | files that must be whole or not there |
 //! | [`watch`] | list and watch of a collection as raw bytes, for all of the above |
 
@@ -34,6 +35,7 @@ pub mod runtime;
 pub mod servers;
 pub mod volume;
 pub mod watch;
+pub mod websocket;
 
 pub use agent::{Access, AgentError, run};
 pub use config::AgentConfig;

@@ -9,7 +9,8 @@ use crate::apiserver::object::{self, meta};
 use crate::apiserver::query;
 use crate::apiserver::resources::SubresourceKind;
 use crate::apiserver::status::Status;
-use coracle_agent::NodeLink;
+use crate::apiserver::subresource::log_socket;
+use coracle_agent::{NodeLink, websocket};
 use http::{HeaderMap, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
@@ -143,11 +144,18 @@ async fn log(call: &Call<'_>, pod: &Value, incoming: Incoming) -> Result<Respons
         }
     }
     let path = path("containerLogs", pod, &[&container], &parameters);
-    let mut headers = incoming.headers;
-    headers.remove(header::ACCEPT_ENCODING);
+    let socket = websocket::is_wanted(&incoming.headers).then(|| log_socket::Form::choose(&incoming.headers));
+    let socket = socket.transpose()?;
+    let mut headers = incoming.headers.clone();
+    for name in [header::ACCEPT_ENCODING, header::CONNECTION, header::UPGRADE] {
+        headers.remove(name);
+    }
     let response = send(&link(call, node)?, &path, http::Method::GET, headers, Body::empty()).await?;
     if !response.status().is_success() {
         return Err(node_error(response).await);
+    }
+    if let Some(form) = socket {
+        return log_socket::answer(&incoming.headers, form, incoming.upgrade, response.into_body());
     }
     let mut answer = Response::new(Body::new(response.into_body()));
     answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain"));

@@ -12,6 +12,7 @@
 
 pub mod binding;
 pub mod connect;
+pub mod log_socket;
 pub mod eviction;
 pub mod proxy;
 pub mod scale;

@@ -10,17 +10,15 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Utf8Bytes;
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role};
+use tokio_tungstenite::tungstenite::protocol::{Message, Role};
 
 use super::{Body, Refusal};
+use crate::websocket;
 
 /// Number of the frame that closes another channel (v5).
 pub const CLOSE: u8 = 255;
@@ -50,12 +48,7 @@ const PROTOCOLS: [Protocol; 5] = [
 impl Protocol {
     /// The best of those that the client offers; a client that offers none speaks the oldest.
     pub fn choose(headers: &HeaderMap) -> Result<(Self, bool), Refusal> {
-        let offers: Vec<&str> = headers
-            .get_all(header::SEC_WEBSOCKET_PROTOCOL)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(',').map(str::trim))
-            .collect();
+        let offers = websocket::offers(headers);
         if offers.is_empty() {
             return Ok((PROTOCOLS[3], false));
         }
@@ -99,54 +92,39 @@ impl Protocol {
     }
 }
 
-/// The end that clients read as the end of all streams; a close frame without a code is an error to them.
-pub fn goodbye() -> Message {
-    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() }))
-}
-
 /// A WebSocket to the API server.
 pub type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
 /// The answer that switches protocols, and the socket once it has.
 #[allow(clippy::type_complexity, reason = "the future cannot be named")]
 pub fn upgrade(
-    mut request: Request<Incoming>,
+    request: Request<Incoming>,
 ) -> Result<(Response<Body>, Protocol, impl Future<Output = Result<Socket, hyper::Error>> + Send + use<>), Refusal> {
-    let headers = request.headers();
-    let says = |name: header::HeaderName, word: &str| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .any(|value| value.to_ascii_lowercase().contains(word))
-    };
-    let key = headers.get(header::SEC_WEBSOCKET_KEY).map(|key| derive_accept_key(key.as_bytes()));
-    let (Some(key), true, true) = (key, says(header::UPGRADE, "websocket"), says(header::CONNECTION, "upgrade")) else {
-        return Err(Refusal::bad_request("you must specify a WebSocket upgrade; SPDY is not supported by this node"));
-    };
-    let (protocol, named) = Protocol::choose(headers)?;
+    let (protocol, named) = Protocol::choose(request.headers())?;
+    let (response, socket) = accept(request, named.then_some(protocol.name))?;
+    Ok((response, protocol, socket))
+}
+
+/// Becomes a WebSocket of this sub-protocol.
+#[allow(clippy::type_complexity, reason = "the future cannot be named")]
+pub fn accept(
+    mut request: Request<Incoming>,
+    protocol: Option<&'static str>,
+) -> Result<(Response<Body>, impl Future<Output = Result<Socket, hyper::Error>> + Send + use<>), Refusal> {
+    let response = websocket::switch::<Empty<Bytes>>(request.headers(), protocol);
+    let response = response.ok_or_else(|| Refusal::bad_request("you must specify a WebSocket upgrade"))?;
     let upgraded = hyper::upgrade::on(&mut request);
-    let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let headers = response.headers_mut();
-    headers.insert(header::UPGRADE, header::HeaderValue::from_static("websocket"));
-    headers.insert(header::CONNECTION, header::HeaderValue::from_static("Upgrade"));
-    if let Ok(key) = header::HeaderValue::try_from(key) {
-        headers.insert(header::SEC_WEBSOCKET_ACCEPT, key);
-    }
-    if named {
-        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, header::HeaderValue::from_static(protocol.name));
-    }
     let socket = async move {
         let stream = TokioIo::new(upgraded.await?);
         Ok(WebSocketStream::from_raw_socket(stream, Role::Server, None).await)
     };
-    Ok((response, protocol, socket))
+    Ok((response.map(|body| body.map_err(|never| match never {}).boxed()), socket))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::header;
 
     #[test]
     fn frames_cross_in_every_protocol() {

@@ -138,7 +138,7 @@ async fn connect(
         let _ = send(&sink, protocol, ERROR, &last).await;
     }
     let mut sink = sink.lock().await;
-    let _ = sink.send(super::channel::goodbye()).await;
+    let _ = sink.send(crate::websocket::goodbye()).await;
     let _ = sink.close().await;
 }
 

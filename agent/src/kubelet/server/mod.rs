@@ -6,16 +6,21 @@
 //! | [`query`] | query strings |
 //! | [`logs`], [`log_file`] | `/containerLogs` |
 //! | [`exec`], [`channel`] | `/exec`, `/attach` over WebSocket |
-//! | [`port_forward`] | `/portForward` over WebSocket |
+//! | [`port_forward`] | `/portForward`: which ports, which protocol |
+//! | [`channel_forward`] | ports over the channels of a WebSocket |
+//! | [`stream_forward`], [`spdy`] | ports over SPDY streams, as kubectl does |
 //! | [`stats`] | `/stats/summary`, `/metrics`, `/metrics/resource` |
 
 pub mod channel;
+pub mod channel_forward;
 pub mod exec;
 pub mod log_file;
 pub mod logs;
 pub mod port_forward;
 pub mod query;
+pub mod spdy;
 pub mod stats;
+pub mod stream_forward;
 
 use std::convert::Infallible;
 use std::sync::Arc;

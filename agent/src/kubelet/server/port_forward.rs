@@ -1,43 +1,72 @@
-//! `/portForward` over WebSocket (`v4.channel.k8s.io`): for the n-th port, channel 2n carries data and 2n+1 an error;
-//! the first frame of each names the port. kubectl's SPDY tunnelled in WebSocket is another protocol, not spoken here.
+//! `/portForward`: which pod, and in which of three ways.
+//!
+//! | the client asks for | it gets |
+//! | --- | --- |
+//! | `Upgrade: SPDY/3.1` with `portforward.k8s.io` | SPDY streams: kubectl up to 1.30 |
+//! | WebSocket with `SPDY/3.1+portforward.k8s.io` | SPDY streams in the messages of a WebSocket: kubectl from 1.31 on |
+//! | WebSocket with `v4.channel.k8s.io` | channels, the ports in the query |
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedReadHalf;
-use tokio::sync::mpsc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio_tungstenite::tungstenite::protocol::Message;
 
-use super::channel::{self, Protocol, Socket};
+use super::channel::{self, Socket};
 use super::query::Query;
-use super::{Body, Refusal};
+use super::stream_forward::Target;
+use super::{Body, Refusal, channel_forward, stream_forward};
 use crate::kubelet::containers;
 use crate::kubelet::context::Context;
 use crate::runtime::{PodSandboxFilter, PodSandboxState};
+use crate::websocket;
 
+/// The protocol on SPDY streams.
+const STREAMS: &str = "portforward.k8s.io";
+/// The same in a WebSocket.
+const TUNNELLED: &str = "SPDY/3.1+portforward.k8s.io";
+const SPDY: &str = "SPDY/3.1";
+const PROTOCOL_VERSION: &str = "x-stream-protocol-version";
+/// Bytes between the WebSocket and SPDY, per direction.
+const PIPE: usize = 64 * 1024;
 const CHUNK: usize = 32 * 1024;
 
-/// Switches to WebSocket and connects to the pod's ports.
+/// Switches protocols and connects to the pod's ports.
 ///
 /// # Errors
-/// When no port is named or the pod has no sandbox.
+/// When the pod has no sandbox, or the client speaks something else.
 pub async fn answer(
     context: Arc<Context>,
     request: Request<Incoming>,
     pod: &Pod,
     query: &Query,
 ) -> Result<Response<Body>, Refusal> {
-    let named = query.all("ports").chain(query.all("port")).flat_map(|text| text.split(','));
-    let ports: Result<Vec<u16>, _> = named.map(str::parse).collect();
-    let ports = ports.map_err(|_| Refusal::bad_request("port must be between 1 and 65535"))?;
-    if ports.is_empty() || ports.len() > 60 || ports.contains(&0) {
-        return Err(Refusal::bad_request("query parameter \"port\" is required"));
+    let sandbox = sandbox(&context, pod).await?;
+    let name = format!("{}_{}", containers::name(pod), containers::namespace(pod));
+    let target = Target { runtime: context.runtime.clone(), sandbox, name, uid: containers::uid(pod).to_owned() };
+    let says_spdy = request.headers().get(header::UPGRADE).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(SPDY.as_bytes()));
+    if says_spdy {
+        return streams(request, target);
     }
+    if websocket::offers(request.headers()).contains(&TUNNELLED) {
+        let (response, socket) = channel::accept(request, Some(TUNNELLED))?;
+        tokio::spawn(async move {
+            match socket.await {
+                Ok(socket) => tunnel(socket, target).await,
+                Err(error) => tracing::debug!(%error, "port-forward connection not upgraded"),
+            }
+        });
+        return Ok(response);
+    }
+    channels(context, request, query, target)
+}
+
+async fn sandbox(context: &Context, pod: &Pod) -> Result<String, Refusal> {
     let filter = PodSandboxFilter {
         pod_uid: Some(containers::uid(pod).to_owned()),
         state: Some(PodSandboxState::Ready),
@@ -45,76 +74,88 @@ pub async fn answer(
     };
     let sandboxes = context.runtime.list_pod_sandboxes(&filter).await.unwrap_or_default();
     let sandbox = sandboxes.into_iter().max_by_key(|sandbox| sandbox.metadata.attempt);
-    let sandbox = sandbox.ok_or_else(|| Refusal::not_found(format!("pod not found ({:?})", containers::uid(pod))))?;
-    let (response, protocol, socket) = channel::upgrade(request)?;
+    let gone = || Refusal::not_found(format!("pod not found ({:?})", containers::uid(pod)));
+    sandbox.map(|sandbox| sandbox.id).ok_or_else(gone)
+}
+
+/// SPDY on the bare connection.
+fn streams(mut request: Request<Incoming>, target: Target) -> Result<Response<Body>, Refusal> {
+    let versions = request.headers().get_all(PROTOCOL_VERSION).iter().filter_map(|value| value.to_str().ok());
+    if !versions.flat_map(|value| value.split(',')).any(|version| version.trim() == STREAMS) {
+        let text = format!("unable to upgrade: unable to negotiate protocol; the server accepts [{STREAMS}]");
+        return Err(Refusal(StatusCode::FORBIDDEN, text));
+    }
+    let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
-        if let Ok(socket) = socket.await {
-            forward(&context, socket, protocol, &sandbox.id, &ports).await;
+        match upgraded.await {
+            Ok(upgraded) => stream_forward::forward(TokioIo::new(upgraded), target).await,
+            Err(error) => tracing::debug!(%error, "port-forward connection not upgraded"),
         }
     });
+    let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::UPGRADE, HeaderValue::from_static(SPDY));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(PROTOCOL_VERSION, HeaderValue::from_static(STREAMS));
     Ok(response)
 }
 
-async fn forward(context: &Context, socket: Socket, protocol: Protocol, sandbox: &str, ports: &[u16]) {
-    let (mut sink, mut source) = socket.split();
-    let (frames, mut outgoing) = mpsc::channel::<(u8, Bytes)>(8);
-    let mut writers = Vec::new();
-    for (index, port) in ports.iter().enumerate() {
-        let data = u8::try_from(index * 2).unwrap_or(0);
-        for channel in [data, data + 1] {
-            if sink.send(protocol.encode(channel, &port.to_le_bytes())).await.is_err() {
-                return;
-            }
-        }
-        match context.runtime.port_forward(sandbox, *port).await {
-            Ok(stream) => {
-                let (reader, writer) = TcpStream::into_split(stream);
-                tokio::spawn(pump(reader, data, frames.clone()));
-                writers.push(Some(writer));
-            }
-            Err(error) => {
-                writers.push(None);
-                let text = format!("error forwarding port {port} to pod {sandbox}: {error}");
-                if sink.send(protocol.encode(data + 1, text.as_bytes())).await.is_err() {
-                    return;
-                }
-            }
-        }
-    }
-    drop(frames);
-    let outward = async {
-        while let Some((channel, data)) = outgoing.recv().await {
-            if sink.send(protocol.encode(channel, &data)).await.is_err() {
-                return;
-            }
-        }
-        // Every connection has ended.
-        let _ = sink.send(super::channel::goodbye()).await;
+/// Unpacks SPDY from binary messages and packs it into such.
+async fn tunnel(socket: Socket, target: Target) {
+    let (ours, theirs) = tokio::io::duplex(PIPE);
+    let work = async {
+        stream_forward::forward(theirs, target).await;
     };
+    tokio::join!(work, carry(socket, ours));
+}
+
+async fn carry(socket: Socket, pipe: DuplexStream) {
+    let (mut sink, mut source) = socket.split();
+    let (mut reader, mut writer) = tokio::io::split(pipe);
     let inward = async {
         while let Some(Ok(message)) = source.next().await {
-            if message.is_close() {
-                return;
-            }
-            let Some((channel, data)) = protocol.decode(&message) else { continue };
-            if let Some(Some(writer)) = writers.get_mut(usize::from(channel / 2)).filter(|_| channel % 2 == 0)
-                && writer.write_all(&data).await.is_err()
-            {
-                writers[usize::from(channel / 2)] = None;
+            match message {
+                Message::Binary(bytes) if writer.write_all(&bytes).await.is_err() => return,
+                Message::Close(_) => return,
+                _ => {}
             }
         }
     };
+    let outward = async {
+        let mut buffer = vec![0; CHUNK];
+        while let Ok(read @ 1..) = reader.read(&mut buffer).await {
+            if sink.send(Message::Binary(buffer[..read].to_vec().into())).await.is_err() {
+                return;
+            }
+        }
+        let _ = sink.send(websocket::goodbye()).await;
+    };
+    // Either end gone: dropping the pipe ends the other.
     tokio::select! {
-        () = outward => {}
         () = inward => {}
+        () = outward => {}
     }
 }
 
-async fn pump(mut reader: OwnedReadHalf, channel: u8, frames: mpsc::Sender<(u8, Bytes)>) {
-    let mut buffer = vec![0; CHUNK];
-    while let Ok(read) = reader.read(&mut buffer).await {
-        if read == 0 || frames.send((channel, Bytes::copy_from_slice(&buffer[..read]))).await.is_err() {
-            return;
-        }
+/// Channels of a WebSocket, one pair per port of the query.
+fn channels(
+    context: Arc<Context>,
+    request: Request<Incoming>,
+    query: &Query,
+    target: Target,
+) -> Result<Response<Body>, Refusal> {
+    let named = query.all("ports").chain(query.all("port")).flat_map(|text| text.split(','));
+    let ports: Result<Vec<u16>, _> = named.map(str::parse).collect();
+    let ports = ports.map_err(|_| Refusal::bad_request("port must be between 1 and 65535"))?;
+    if ports.is_empty() || ports.len() > 60 || ports.contains(&0) {
+        return Err(Refusal::bad_request("query parameter \"port\" is required"));
     }
+    let (response, protocol, socket) = channel::upgrade(request)?;
+    tokio::spawn(async move {
+        if let Ok(socket) = socket.await {
+            channel_forward::forward(&context, socket, protocol, &target.sandbox, &ports).await;
+        }
+    });
+    Ok(response)
 }
