@@ -19,7 +19,7 @@ use crate::pending::Pending;
 
 /// For this time after it heard a leader, a member helps no other to power; and a leader that heard no majority for this
 /// time doesn't act as one.
-pub(crate) const LEASE: Duration = Duration::from_millis(1000);
+pub(crate) const LEASE: Duration = Duration::from_millis(1100);
 /// When the lease is over, a member waits a random time of this range before it calls an election, so that few do at
 /// once; less when the leader's connections broke, which is what a dead process looks like.
 const SPREAD: (f64, f64) = (0.05, 0.4);
@@ -29,6 +29,8 @@ const AGAIN: (f64, f64) = (0.4, 0.9);
 /// A leader looks at its disk and its lease this often; one that is about to act as such, more often.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_NEW: Duration = Duration::from_millis(20);
+/// Between two heartbeats; the lease outlasts two of them and some delay.
+const HEARTBEAT: Duration = Duration::from_millis(400);
 /// A disk that takes longer for one write stalls.
 const STALL: Duration = Duration::from_millis(1000);
 /// From the attempt to hand leadership over because of a stall until nothing is said as leader any more.
@@ -153,6 +155,9 @@ pub(crate) async fn elections(raft: Engine, contacts: Arc<Contacts>, peers: Arc<
             if raft.trigger().elect(true).await.is_err() {
                 return;
             }
+            // Members may have moved while this one was away.
+            let peers = peers.clone();
+            tokio::spawn(async move { peers.ask_for_addresses().await });
         }
     }
 }
@@ -163,6 +168,7 @@ pub(crate) struct Watches {
     pub leads: watch::Sender<bool>,
     pub leader: watch::Sender<Leader>,
     pub leader_id: watch::Sender<Option<u64>>,
+    /// It has a vote by a membership that is committed.
     pub voter: watch::Sender<bool>,
     /// True while this member leads and is the only voter: then everything acknowledged anywhere is applied here.
     pub sole: Arc<AtomicBool>,
@@ -193,12 +199,19 @@ impl Follower {
         let mut metrics = self.raft.server_metrics();
         let mut applied = self.pending.applied();
         let mut stalled_since = None;
+        let mut beaten: Option<Instant> = None;
         loop {
             let seen = self.look();
             let acts = seen.leading && (seen.alone || self.has_majority(seen.term));
             let busy = seen.leading && seen.with_others;
             if busy || self.peers.muted.load(Ordering::Relaxed) {
                 self.watch_disk(&mut stalled_since, seen.leading).await;
+            }
+            if busy && beaten.is_none_or(|at| at.elapsed() >= HEARTBEAT) {
+                beaten = Some(Instant::now());
+                if self.raft.trigger().heartbeat().await.is_err() {
+                    break;
+                }
             }
             if self.watches.leads.send_replace(acts) != acts && acts {
                 self.store.renew_leases();
@@ -226,7 +239,9 @@ impl Follower {
         let leader = Leader { term, id };
         self.watches.leader.send_if_modified(|known| std::mem::replace(known, leader) != leader);
         self.watches.leader_id.send_if_modified(|known| std::mem::replace(known, id) != id);
-        let voter = membership.voter_ids().any(|id| id == now.id);
+        // Not before the change that gave the vote is through: until then the others may not do without it.
+        let settled = now.committed_membership_config.membership();
+        let voter = settled.get_joint_config().len() == 1 && settled.voter_ids().any(|id| id == now.id);
         self.watches.voter.send_if_modified(|known| std::mem::replace(known, voter) != voter);
         self.peers.update(membership, now.membership_config.log_id().map_or(0, |id| id.index));
         self.watches.sole.store(leading && alone, Ordering::Release);

@@ -24,7 +24,7 @@ pub(crate) struct Member {
     /// The incarnation of the cluster; None until the member is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster: Option<u64>,
-    /// Incarnations that this one took the place of.
+    /// Incarnations that this member left, or that its cluster took the place of.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub replaces: Vec<u64>,
 }
@@ -45,6 +45,15 @@ impl Member {
 
     pub fn save(&self, dir: &Path) -> io::Result<()> {
         files::write(&dir.join(FILE), &serde_json::to_vec(self)?)
+    }
+
+    /// The same member in no cluster; it never goes back to the one it was in.
+    pub fn leave(&mut self) {
+        if let Some(old) = self.cluster.take()
+            && !self.replaces.contains(&old)
+        {
+            self.replaces.push(old);
+        }
     }
 
     /// The same member in a new incarnation of its cluster, which was `previous` as far as the data tells.
@@ -89,7 +98,7 @@ impl Identity {
         self.member.read().cluster
     }
 
-    /// Whether this member's cluster took the place of that one.
+    /// Whether that incarnation belongs to this member's past.
     pub fn replaces(&self, cluster: u64) -> bool {
         self.member.read().replaces.contains(&cluster)
     }

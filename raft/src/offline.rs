@@ -193,8 +193,8 @@ pub fn forget(data_dir: &Path) -> Result<(), OfflineError> {
     let mut member = Member::load(data_dir).map_err(io_error("reading the identity in", data_dir))?;
     let unfinished = begin(data_dir, "forgetting the data of a former cluster")?;
     wipe(data_dir)?;
-    member.cluster = None;
-    member.replaces.clear();
+    // It must not be drawn back in by those who haven't forgotten yet.
+    member.leave();
     member.save(data_dir).map_err(io_error("writing the identity in", data_dir))?;
     end(data_dir, &unfinished)
 }

@@ -134,6 +134,7 @@ fn store_status(error: &StoreError) -> Status {
         StoreError::Compacted { .. } => Status::expired(
             "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter.",
         ),
+        StoreError::Restoring => Status::unavailable(error.to_string()),
         other => Status::internal(other),
     }
 }

@@ -46,6 +46,9 @@ pub enum StoreError {
     /// The revision asked for lies ahead; `revision` is the newest.
     #[error("required revision is a future revision")]
     FutureRevision { revision: u64 },
+    /// A snapshot is taking the place of the state; nothing can be read for a moment.
+    #[error("the state is being replaced by a snapshot of the leader's; try again")]
+    Restoring,
     /// A row does not have the form that this program writes.
     #[error("the materialised state is damaged at row {row:?}")]
     Damaged { row: Bytes },
@@ -77,6 +80,8 @@ pub(crate) struct Shared {
     pub revision: AtomicU64,
     /// Revisions below this one are gone.
     pub compacted: AtomicU64,
+    /// Odd while a snapshot takes the place of the state.
+    pub generation: AtomicU64,
     pub hub: Hub,
     pub leases: Mutex<HashMap<u64, Lease>>,
     /// Revisions that snapshots are being read at, with the number of readers; rows they need are not removed.
@@ -109,6 +114,7 @@ impl Store {
                 engine,
                 revision: AtomicU64::new(revision),
                 compacted: AtomicU64::new(compacted),
+                generation: AtomicU64::new(0),
                 hub: Hub::new(options.watch_buffer),
                 leases: Mutex::new(leases),
                 pins: Mutex::default(),
@@ -139,7 +145,23 @@ impl Store {
 
     /// The newest value of a key.
     pub fn get(&self, key: &[u8]) -> Result<Option<KeyValue>, StoreError> {
-        self.get_at(key, self.revision())
+        self.undisturbed(|| self.get_at(key, self.revision()))
+    }
+
+    /// Reads; fails when a snapshot takes the place of the state meanwhile.
+    pub(crate) fn undisturbed<T, E: From<StoreError>>(&self, read: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        if generation % 2 == 1 {
+            return Err(StoreError::Restoring.into());
+        }
+        let result = read();
+        // The reads above must not be seen to happen after this one.
+        std::sync::atomic::fence(Ordering::Acquire);
+        if self.shared.generation.load(Ordering::Relaxed) == generation {
+            result
+        } else {
+            Err(StoreError::Restoring.into())
+        }
     }
 
     pub(crate) fn get_at(&self, key: &[u8], revision: u64) -> Result<Option<KeyValue>, StoreError> {
@@ -160,6 +182,10 @@ impl Store {
 
     /// Reads the keys of a range as of one revision.
     pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse, StoreError> {
+        self.undisturbed(|| self.read_range(request))
+    }
+
+    fn read_range(&self, request: &RangeRequest) -> Result<RangeResponse, StoreError> {
         let newest = self.revision();
         let revision = request.revision.unwrap_or(newest);
         if revision > newest {
@@ -255,12 +281,14 @@ pub struct SnapshotMeta {
 pub struct Pinned {
     store: Store,
     meta: SnapshotMeta,
+    generation: u64,
 }
 
 impl Pinned {
     pub(crate) fn new(store: Store, meta: SnapshotMeta) -> Self {
         *store.shared.pins.lock().entry(meta.revision).or_default() += 1;
-        Pinned { store, meta }
+        let generation = store.shared.generation.load(Ordering::Acquire);
+        Pinned { store, meta, generation }
     }
 
     /// What goes with the rows.
@@ -268,9 +296,11 @@ impl Pinned {
         &self.meta
     }
 
-    /// Every key that exists at the revision, in order.
+    /// Every key that exists at the revision, in order; an error if a snapshot took the place of the state meanwhile.
     pub fn rows(&self) -> impl Iterator<Item = Result<KeyValue, StoreError>> + '_ {
-        self.store.live(b"", b"", self.meta.revision)
+        let replaced = || self.store.shared.generation.load(Ordering::Acquire) != self.generation;
+        let end = std::iter::once_with(move || replaced().then_some(Err(StoreError::Restoring))).flatten();
+        self.store.live(b"", b"", self.meta.revision).chain(end)
     }
 }
 

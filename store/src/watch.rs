@@ -218,8 +218,15 @@ impl Watcher {
                 self.cursor = self.cursor.max(revision + 1);
                 return Ok(None);
             }
-            if let Some(batch) = self.replay(revision)? {
-                return Ok(Some(batch));
+            let store = self.store.clone();
+            match store.undisturbed(|| self.replay(revision)) {
+                Ok(Some(batch)) => return Ok(Some(batch)),
+                Ok(None) => {}
+                // Whatever was read, or not, the history up to the snapshot is gone.
+                Err(WatchError::Store(StoreError::Restoring)) => {
+                    return Err(WatchError::Compacted { compacted: self.store.compacted_revision().max(self.cursor) });
+                }
+                Err(error) => return Err(error),
             }
         }
     }

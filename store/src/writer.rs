@@ -86,7 +86,9 @@ impl Writer {
         snapshot: SnapshotMeta,
         kvs: impl Iterator<Item = Result<KeyValue, E>>,
     ) -> Result<(), E> {
-        let shared = &self.store.shared;
+        let shared = self.store.shared.clone();
+        // Stays odd if this fails: what is there then must not be read.
+        shared.generation.fetch_add(1, Ordering::AcqRel);
         shared.engine.wipe().map_err(StoreError::from)?;
         let mut batch = Batch::default();
         for kv in kvs {
@@ -111,6 +113,7 @@ impl Writer {
         *shared.leases.lock() = snapshot.leases.iter().map(|(id, ttl)| (*id, Lease::new(*ttl))).collect();
         shared.compacted.store(snapshot.revision, Ordering::Release);
         shared.hub.restart(snapshot.revision, || shared.revision.store(snapshot.revision, Ordering::Release));
+        shared.generation.fetch_add(1, Ordering::AcqRel);
         self.meta = snapshot.meta;
         Ok(())
     }

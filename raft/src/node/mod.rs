@@ -236,12 +236,16 @@ impl Node {
         }
     }
 
-    /// Writes the state as it is now to a file that [`crate::restore`] takes.
+    /// Writes the state as it is now to a file that [`crate::restore`] takes: everything acknowledged before, if a leader
+    /// can be asked; without one, what this member has.
     ///
     /// # Errors
     /// The member has stopped, or the file can't be written; what is there then is no snapshot.
     pub async fn save_snapshot(&self, path: impl Into<PathBuf>) -> Result<SnapshotInfo, SaveError> {
         let path: PathBuf = path.into();
+        if let Err(error) = self.read_barrier().await {
+            tracing::warn!(%error, "saving a snapshot that may lack the latest writes");
+        }
         let pinned = self.inner.apply.pin().await.map_err(|_| SaveError::Stopped)?;
         let revision = pinned.meta().revision;
         let written = tokio::task::spawn_blocking(move || write_snapshot(&path, &pinned)).await;
@@ -298,13 +302,14 @@ impl Node {
     /// Other clones then get errors.
     pub async fn shutdown(self) {
         self.transfer_leadership().await;
+        // From here on this member must not pass for a leader: peers that it no longer answers would wait for it.
+        if let Err(error) = self.inner.raft.shutdown().await {
+            tracing::warn!(%error, "the consensus engine did not end well");
+        }
         self.inner.closing.send_replace(true);
         let mut tasks = std::mem::take(&mut *self.inner.tasks.lock());
         tasks.shutdown().await;
         self.inner.peers.close().await;
-        if let Err(error) = self.inner.raft.shutdown().await {
-            tracing::warn!(%error, "the consensus engine did not end well");
-        }
         let (apply, view) = (self.inner.apply.clone(), self.inner.view.clone());
         let close = move || match apply.stop() {
             Ok(()) => view.close_cleanly().map_err(|error| error.to_string()),

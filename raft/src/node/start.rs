@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::RaftError;
-use openraft::{Config, SnapshotPolicy};
+use openraft::{Config, ServerState, SnapshotPolicy};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -43,8 +43,8 @@ const SMALL_SEGMENT: u64 = 8 << 20;
 const SMALL_DISK: u64 = 16 << 30;
 /// The next segment of the log is not prepared earlier than this after the start.
 const QUIET_START: Duration = Duration::from_secs(5);
-/// Between two attempts to lead at the start: an election of one takes a sync or two.
-const ELECTION_PAUSE: Duration = Duration::from_millis(5);
+/// An election of one takes a sync or two.
+const ELECTION_PATIENCE: Duration = Duration::from_secs(1);
 /// Between two attempts to tell the others of a new address.
 const ANNOUNCE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -260,10 +260,11 @@ fn config() -> Result<Config, openraft::ConfigError> {
     let lease = LEASE.as_millis() as u64;
     Config {
         cluster_name: "coracle".to_owned(),
-        // Also the time that an answer to a heartbeat may take: more than a slow network needs there and back.
-        heartbeat_interval: 500,
-        heartbeat_min_interval: Some(100),
-        election_timeout_min: lease - 200,
+        // For the engine mostly the time that an answer to a heartbeat may take: more than a slow network needs there
+        // and back. Heartbeats are triggered by [`Follower`].
+        heartbeat_interval: 900,
+        heartbeat_min_interval: None,
+        election_timeout_min: lease - 100,
         election_timeout_max: lease,
         install_snapshot_timeout: 60_000,
         snapshot_policy: SnapshotPolicy::Never,
@@ -319,7 +320,16 @@ async fn lead(raft: &Engine) -> Result<(), StartError> {
             Err(RaftError::APIError(not_leader)) => tracing::debug!(%not_leader, "asking for an election"),
         }
         raft.trigger().elect(false).await.map_err(engine)?;
-        tokio::time::sleep(ELECTION_PAUSE).await;
+        let mut metrics = raft.server_metrics();
+        let elected = async {
+            while metrics.borrow_watched().state != ServerState::Leader {
+                if metrics.changed().await.is_err() {
+                    break;
+                }
+            }
+        };
+        // Another election would only cost more syncs; the disk may be slow.
+        let _ = tokio::time::timeout(ELECTION_PATIENCE, elected).await;
     }
 }
 

@@ -83,7 +83,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         _option: RPCOption,
     ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>>>>>
     where
@@ -93,6 +93,11 @@ impl RaftNetworkV2<TypeConfig> for Network {
             if self.is_muted() {
                 return Err(muted());
             }
+            // The engine waits out its backoff where the first request is made.
+            let Some(first) = input.next().await else {
+                return Ok(Box::pin(futures::stream::empty()) as BoxStream<'s, _>);
+            };
+            let input = futures::stream::once(futures::future::ready(first)).chain(input);
             let peers = self.peers.clone();
             let input = input.take_while(move |_| futures::future::ready(!peers.muted.load(Ordering::Relaxed)));
             let body = StreamBody::new(input.map(|request| Ok(Frame::data(append_frame(&request))))).boxed_unsync();

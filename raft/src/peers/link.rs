@@ -154,8 +154,12 @@ impl State {
             Err(error) => {
                 let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(8)).min(LAST_PAUSE);
                 self.failures += 1;
-                self.not_before =
-                    Some((Instant::now() + pause.mul_f64(rand::random_range(0.5..1.0)), error.to_string()));
+                let reason = match &error {
+                    CallError::NotSent(reason) => reason.clone(),
+                    other => other.to_string(),
+                };
+                let pause = pause.mul_f64(rand::random_range(0.5..1.0));
+                self.not_before = Some((Instant::now() + pause, reason));
                 tracing::debug!(peer, %error, "connecting failed");
                 Err(error)
             }

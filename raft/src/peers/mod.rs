@@ -282,6 +282,29 @@ impl Peers {
         *self.known(id, None).transfer.lock() = transfer;
     }
 
+    /// Where this member reaches the others, itself included.
+    pub fn addresses(&self) -> HashMap<u64, String> {
+        let known = self.known.lock();
+        let of = |known: &Known| known.announced.lock().clone().unwrap_or_else(|| known.peer.lock().address.clone());
+        let mut addresses: HashMap<u64, String> = known.iter().map(|(id, known)| (*id, of(known))).collect();
+        addresses.insert(self.identity.id, self.own.address.clone());
+        addresses
+    }
+
+    /// Asks those who can be reached where the others are, and believes it of those who can't.
+    pub async fn ask_for_addresses(self: &Arc<Self>) {
+        let ids: Vec<u64> = self.known.lock().keys().copied().collect();
+        let asked = ids.iter().map(|id| self.call(*id, "/peers", Bytes::new()));
+        for answer in futures::future::join_all(asked).await.into_iter().flatten() {
+            let told: HashMap<u64, String> = serde_json::from_slice(&answer).unwrap_or_default();
+            for (id, address) in told {
+                if ids.contains(&id) && !self.is_reachable(id) {
+                    self.announce(id, &address);
+                }
+            }
+        }
+    }
+
     /// Closes every connection.
     pub async fn close(&self) {
         let all: Vec<_> = self.known.lock().values().cloned().collect();

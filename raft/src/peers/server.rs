@@ -130,7 +130,7 @@ impl Serving {
         }
         match (hello.cluster, identity.cluster()) {
             (Some(theirs), Some(own)) if theirs == own => {}
-            (Some(theirs), Some(_)) if identity.replaces(theirs) => {
+            (Some(theirs), _) if identity.replaces(theirs) => {
                 return Err(refuse(SUPERSEDED, "the cluster was restored or reset; forget your data and join again"));
             }
             (Some(_), Some(_)) => return Err(refuse(StatusCode::CONFLICT, "this member belongs to another cluster")),
@@ -186,6 +186,9 @@ impl Serving {
                 let mut out = bytes::BytesMut::new();
                 wire::put_position(&mut out, Some(position));
                 out.freeze()
+            }
+            "/peers" => {
+                serde_json::to_vec(&self.peers.addresses()).map_err(|e| unavailable(io::Error::from(e)))?.into()
             }
             "/members" => {
                 let change: Change = serde_json::from_slice(&body).map_err(|e| malformed(e.into()))?;

@@ -121,6 +121,9 @@ impl Cluster {
     }
 
     pub async fn with(count: usize, options: Options) -> Cluster {
+        // Quiet unless CORACLE_TEST_LOG asks for something.
+        let filter = tracing_subscriber::EnvFilter::from_env("CORACLE_TEST_LOG");
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_test_writer().try_init();
         let mut cluster = Cluster { network: Network::new(), members: Vec::new(), options };
         cluster.new_member(false);
         cluster.start(0).await;

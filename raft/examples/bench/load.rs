@@ -1,0 +1,53 @@
+//! Clients that put one value after the other, and what they measured.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::Result;
+
+/// Puts a second and how long one took.
+pub struct Figures {
+    rate: f64,
+    p50: f64,
+    p99: f64,
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} {:.3} {:.3}", self.rate, self.p50, self.p99)
+    }
+}
+
+/// Runs so many clients for a time; `put` is called with client and number of the put.
+pub async fn run<F, Fut>(clients: usize, time: Duration, put: F) -> Result<Figures>
+where
+    F: Fn(usize, usize) -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = Result<()>> + Send,
+{
+    let begin = Instant::now();
+    let tasks: Vec<_> = (0..clients)
+        .map(|client| {
+            let put = put.clone();
+            tokio::spawn(async move {
+                let mut latencies = Vec::new();
+                for n in 0.. {
+                    let before = Instant::now();
+                    if before - begin > time {
+                        break;
+                    }
+                    put(client, n % 1000).await?;
+                    latencies.push(before.elapsed());
+                }
+                Result::Ok(latencies)
+            })
+        })
+        .collect();
+    let mut latencies = Vec::new();
+    for task in tasks {
+        latencies.extend(task.await??);
+    }
+    let rate = latencies.len() as f64 / begin.elapsed().as_secs_f64();
+    latencies.sort_unstable();
+    let at = |part: usize| latencies.get(latencies.len() * part / 100).map_or(0.0, |time| time.as_secs_f64() * 1e3);
+    Ok(Figures { rate, p50: at(50), p99: at(99) })
+}
