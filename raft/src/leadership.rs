@@ -112,10 +112,10 @@ impl Contacts {
         }
     }
 
-    /// Whether a leader was heard within the lease.
-    pub fn has_leader(&self) -> bool {
+    /// Whether a leader other than this peer was heard within the lease.
+    pub fn has_leader_besides(&self, peer: u64) -> bool {
         let state = self.state.lock();
-        state.leader.is_some() && state.heard.elapsed() < LEASE
+        state.leader.is_some_and(|leader| leader != peer) && state.heard.elapsed() < LEASE
     }
 
     /// When this member should call an election if nobody is heard until then.
@@ -323,6 +323,7 @@ mod tests {
         assert!(contacts.deadline() >= contacts.state.lock().heard + LEASE, "the lease is always waited out");
         contacts.heard_from_leader(3, 7);
         assert!(contacts.deadline() >= calm);
+        assert!(contacts.has_leader_besides(9) && !contacts.has_leader_besides(3));
         contacts.heard_from_leader(9, 6);
         assert_eq!(contacts.state.lock().leader, Some(3), "an old leader is none");
     }

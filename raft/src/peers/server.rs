@@ -150,7 +150,7 @@ impl Serving {
         match path {
             // A leader that this member has not heard of may be legitimate: members were replaced while this one was
             // away. As long as another one leads it isn't.
-            "/raft/append" | "/raft/snapshot" if !self.is_member(peer) && self.contacts.has_leader() => {
+            "/raft/append" | "/raft/snapshot" if !self.is_member(peer) && self.contacts.has_leader_besides(peer) => {
                 return Err(refuse(NOT_A_MEMBER, "you are no member of this cluster"));
             }
             "/raft/append" => return Ok(self.append(peer, body)),

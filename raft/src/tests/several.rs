@@ -118,7 +118,14 @@ async fn a_member_that_was_away_long_gets_a_snapshot_and_its_watches_start_over(
     let mut watcher = cluster.node(lagging).store().watch(request).unwrap();
     cluster.isolate(lagging);
     let other = cluster.running().into_iter().find(|at| *at != lagging).unwrap();
-    fill(&cluster, other, 60).await;
+    let known = cluster.node(lagging).log_end().await;
+    eventually("the log that it lacks is purged", async || {
+        fill(&cluster, other, 10).await;
+        let mut starts = futures::future::join_all((0..3).map(|at| cluster.node(at).log_start())).await;
+        starts.remove(lagging);
+        starts.into_iter().all(|start| start > known + 1)
+    })
+    .await;
     cluster.put(other, "/a", "2").await;
     let before = cluster.node(lagging).store().revision();
     cluster.network.heal();
