@@ -242,7 +242,7 @@ impl Connection {
 
 impl Connection {
     fn judge(&self, tls: &TlsStream) -> PeerCertificate {
-        self.shared.authenticator.judge(tls.get_ref().1.peer_certificates(), SystemTime::now())
+        self.shared.authenticator.judge(tls.get_ref().1.peer_certificates(), self.shared.protocols.now())
     }
 
     /// Gives a connection that is no HTTP to its handler, if the peer's certificate is good.
@@ -268,6 +268,14 @@ struct Door {
 
 impl Door {
     async fn answer(&self, mut request: Request<Body>, mut service: ApiService) -> Response<Body> {
+        if let Some(keeper) = self.shared.protocols.doorkeeper(request.uri().path()) {
+            let answer = keeper(request, self.peer.clone(), self.address);
+            return match tokio::time::timeout(REQUEST_TIMEOUT, AssertUnwindSafe(answer).catch_unwind()).await {
+                Ok(Ok(response)) => response,
+                Ok(Err(_)) => Status::internal("the request handler panicked").into_response(),
+                Err(_) => timed_out(),
+            };
+        }
         if let Err(refused) = self.enter(&mut request) {
             return refused.into_response();
         }
@@ -279,9 +287,7 @@ impl Door {
         } else {
             match tokio::time::timeout(REQUEST_TIMEOUT, handled).await {
                 Ok(handled) => handled,
-                Err(_) => {
-                    return Status::timeout("request did not complete within the allotted timeout", 0).into_response();
-                }
+                Err(_) => return timed_out(),
             }
         };
         match handled {
@@ -313,6 +319,10 @@ impl Door {
         request.extensions_mut().insert(RemoteAddress(self.address));
         Ok(())
     }
+}
+
+fn timed_out() -> Response<Body> {
+    Status::timeout("request did not complete within the allotted timeout", 0).into_response()
 }
 
 fn declared_length(headers: &HeaderMap) -> Option<u64> {

@@ -1,9 +1,15 @@
-//! Protocols of our own on the API's port: TLS connections whose ALPN is not HTTP, between servers and from agents. Unlike on
-//! the API a client certificate is demanded: without one that our client CA signed no handler ever sees the connection.
+//! What is not the API on the API's port.
+//!
+//! * Protocols of our own: TLS connections whose ALPN is not HTTP, between servers and from agents. Unlike on the API a client
+//!   certificate is demanded: without one that our client CA signed no handler ever sees the connection.
+//! * Paths that check credentials themselves, because those who ask are no users of the API yet (joining machines) or must be
+//!   served when the API cannot be (servers looking for each other).
 
+use super::body::Body;
 use crate::auth::pki::server_name;
 use crate::auth::{PeerCertificate, UserInfo};
 use futures::future::BoxFuture;
+use http::{Request, Response};
 use parking_lot::RwLock;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -46,13 +52,46 @@ impl PeerIdentity {
     }
 }
 
-/// The handlers by protocol. Cheap to clone; all clones are one registry.
-#[derive(Clone, Default)]
+/// Answers a request that nobody authenticated; the certificate is what the handshake brought along.
+pub type Doorkeeper =
+    Arc<dyn Fn(Request<Body>, PeerCertificate, SocketAddr) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
+
+/// The handlers by protocol and path. Cheap to clone; all clones are one registry.
+#[derive(Clone)]
 pub struct Protocols {
     handlers: Arc<RwLock<Vec<(&'static [u8], Handler)>>>,
+    doors: Arc<RwLock<Vec<(&'static str, Doorkeeper)>>>,
+    earliest: SystemTime,
+}
+
+impl Default for Protocols {
+    fn default() -> Protocols {
+        Protocols::new(SystemTime::UNIX_EPOCH)
+    }
 }
 
 impl Protocols {
+    /// Certificates are judged as of now, but not as of a time before `earliest`: a machine whose clock is far behind still
+    /// knows its peers.
+    pub fn new(earliest: SystemTime) -> Protocols {
+        Protocols { handlers: Arc::default(), doors: Arc::default(), earliest }
+    }
+
+    /// The time at which certificates are judged.
+    pub fn now(&self) -> SystemTime {
+        SystemTime::now().max(self.earliest)
+    }
+
+    /// Gives requests for paths below `prefix` to `keeper`, unauthenticated.
+    pub fn on_path(&self, prefix: &'static str, keeper: Doorkeeper) {
+        self.doors.write().push((prefix, keeper));
+    }
+
+    /// Who answers for a path, if it is not the API.
+    pub fn doorkeeper(&self, path: &str) -> Option<Doorkeeper> {
+        self.doors.read().iter().find(|(prefix, _)| path.starts_with(prefix)).map(|(_, keeper)| keeper.clone())
+    }
+
     /// Hands connections of this protocol (one of [`ALL`]) to `handler`, in place of an earlier one. A connection of a protocol
     /// that has no handler is closed.
     pub fn on(&self, alpn: &'static [u8], handler: Handler) {

@@ -23,6 +23,7 @@ use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use parking_lot::{Mutex, RwLock};
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -60,6 +61,9 @@ struct Inner {
     lease: Mutex<Option<(u64, u64, Instant)>>,
     reviews: OnceLock<Arc<dyn Reviews>>,
     links: NodeLinks,
+    /// Why nothing but health and the server's own paths is served, while that is so.
+    closed: RwLock<Option<String>>,
+    is_closed: AtomicBool,
     paths: RwLock<Vec<(String, PathHandler)>>,
 }
 
@@ -78,6 +82,8 @@ impl ApiServer {
                 lease: Mutex::new(None),
                 reviews: OnceLock::new(),
                 links: NodeLinks::default(),
+                closed: RwLock::default(),
+                is_closed: AtomicBool::new(false),
                 paths: RwLock::default(),
             }),
         }
@@ -125,6 +131,18 @@ impl ApiServer {
     /// 503 while the server starts.
     pub fn reviews(&self) -> Result<&Arc<dyn Reviews>, Status> {
         self.inner.reviews.get().ok_or_else(|| Status::unavailable("the server is starting"))
+    }
+
+    /// Refuses requests to the API with 503 until [`ApiServer::open`]: what this server's store holds may be older than anybody
+    /// remembers, or nothing at all.
+    pub fn close(&self, why: &str) {
+        *self.inner.closed.write() = Some(why.to_owned());
+        self.inner.is_closed.store(true, Ordering::Release);
+    }
+
+    /// Serves the API.
+    pub fn open(&self) {
+        self.inner.is_closed.store(false, Ordering::Release);
     }
 
     /// The ways to the nodes.
@@ -194,6 +212,10 @@ impl ApiServer {
                 return Ok(handler(Request::from_parts(parts.clone(), body)).await);
             }
             return self.non_resource(&parts.method, &info, &query, &parts.headers).await;
+        }
+        if self.inner.is_closed.load(Ordering::Acquire) {
+            let why = self.inner.closed.read().clone().unwrap_or_default();
+            return Err(Status::unavailable(why));
         }
         let snapshot = self.inner.registry.snapshot();
         let Some(resource) = snapshot.find(info.group, info.version, info.resource) else {

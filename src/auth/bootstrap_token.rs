@@ -9,6 +9,17 @@ use std::collections::BTreeMap;
 const SECRET_TYPE: &str = "bootstrap.kubernetes.io/token";
 const DEFAULT_GROUP: &str = "system:bootstrappers";
 
+/// What a token is worth. Anything but [`Verdict::Unknown`] means that its secret is right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It logs this user in.
+    Good(UserInfo),
+    /// It did until then.
+    Expired(String),
+    /// There is no such token.
+    Unknown,
+}
+
 /// Checks tokens against the Secrets.
 #[derive(Clone)]
 pub struct BootstrapTokens {
@@ -39,7 +50,7 @@ fn parse(token: &str) -> Option<(&str, &str)> {
 }
 
 /// Comparison whose time does not depend on where the texts differ.
-fn same(left: &str, right: &str) -> bool {
+pub(crate) fn same(left: &str, right: &str) -> bool {
     left.len() == right.len() && left.bytes().zip(right.bytes()).fold(0, |difference, (l, r)| difference | (l ^ r)) == 0
 }
 
@@ -50,28 +61,50 @@ impl BootstrapTokens {
 
     /// The user `system:bootstrap:<id>` when the token is known, for authentication, and not expired.
     pub fn authenticate(&self, token: &str, now: jiff::Timestamp) -> Result<Option<UserInfo>, ObjectError> {
-        let Some((id, secret)) = parse(token) else { return Ok(None) };
+        Ok(match self.verdict(token, now)? {
+            Verdict::Good(user) => Some(user),
+            Verdict::Expired(_) | Verdict::Unknown => None,
+        })
+    }
+
+    /// Names of the Secrets whose tokens expired before that time.
+    pub fn expired_before(&self, time: jiff::Timestamp) -> Result<Vec<String>, ObjectError> {
+        let secrets: Vec<Secret> = self.objects.list("", "secrets", "kube-system")?;
+        let over = |secret: &Secret| {
+            let at = secret.text("expiration").and_then(|at| at.parse::<jiff::Timestamp>().ok());
+            secret.kind == SECRET_TYPE && at.is_some_and(|at| at < time)
+        };
+        Ok(secrets.into_iter().filter(over).map(|secret| secret.metadata.name).collect())
+    }
+
+    /// What there is to say about a token to somebody who shows it.
+    pub fn verdict(&self, token: &str, now: jiff::Timestamp) -> Result<Verdict, ObjectError> {
+        let Some((id, secret)) = parse(token) else { return Ok(Verdict::Unknown) };
         let name = format!("bootstrap-token-{id}");
         let Some(stored): Option<Secret> = self.objects.get("", "secrets", "kube-system", &name)? else {
-            return Ok(None);
+            return Ok(Verdict::Unknown);
         };
         let matches = stored.kind == SECRET_TYPE
             && stored.metadata.deletion_timestamp.is_none()
             && stored.text("token-id").is_some_and(|stored| stored == id)
             && stored.text("token-secret").is_some_and(|stored| same(&stored, secret))
-            && stored.text("usage-bootstrap-authentication").is_some_and(|usage| usage == "true")
-            && stored.text("expiration").is_none_or(|at| at.parse::<jiff::Timestamp>().is_ok_and(|at| now < at));
+            && stored.text("usage-bootstrap-authentication").is_some_and(|usage| usage == "true");
         if !matches {
-            return Ok(None);
+            return Ok(Verdict::Unknown);
+        }
+        if let Some(at) = stored.text("expiration")
+            && !at.parse::<jiff::Timestamp>().is_ok_and(|at| now < at)
+        {
+            return Ok(Verdict::Expired(at));
         }
         let mut groups = vec![DEFAULT_GROUP.to_owned()];
         for group in stored.text("auth-extra-groups").unwrap_or_default().split(',').filter(|g| !g.is_empty()) {
             if !group.starts_with("system:bootstrappers:") {
-                return Ok(None);
+                return Ok(Verdict::Unknown);
             }
             groups.push(group.to_owned());
         }
-        Ok(Some(UserInfo { name: format!("system:bootstrap:{id}"), groups, ..UserInfo::default() }))
+        Ok(Verdict::Good(UserInfo { name: format!("system:bootstrap:{id}"), groups, ..UserInfo::default() }))
     }
 }
 
@@ -105,6 +138,9 @@ mod tests {
         let good = "abcdef.0123456789abcdef";
         assert_eq!(ask(good), None);
         put(&[]);
+        let expired = |at: &str| tokens.expired_before(at.parse().unwrap()).unwrap();
+        assert!(expired("2026-01-02T00:00:00Z").is_empty());
+        assert_eq!(expired("2026-01-02T00:00:01Z"), ["bootstrap-token-abcdef"]);
         let user = ask(good).unwrap();
         assert_eq!(user.name, "system:bootstrap:abcdef");
         assert_eq!(user.groups, [DEFAULT_GROUP, "system:bootstrappers:agents"]);

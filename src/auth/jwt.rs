@@ -150,7 +150,7 @@ pub fn verify<T: serde::de::DeserializeOwned>(token: &str, keys: &[SigningKey]) 
 }
 
 /// PEM of a DER value.
-pub(super) fn pem(label: &str, der: &[u8]) -> String {
+pub(crate) fn pem(label: &str, der: &[u8]) -> String {
     let body = base64::engine::general_purpose::STANDARD.encode(der);
     let mut text = format!("-----BEGIN {label}-----\n");
     for line in body.as_bytes().chunks(64) {

@@ -1,7 +1,6 @@
 //! Puts the parts together: what the server calls at start, in order.
 //!
-//! 1. [`Security::open`] once the log runs: waits for a plausible clock, opens or creates the cluster's keys, writes CA
-//!    copies and tokens under the data dir.
+//! 1. [`Security::assemble`] over the cluster's keys, which `server::keys` opens or creates.
 //! 2. `ApiServer::new` with [`Security::authorizer`] and [`Security::admission`], then [`Security::attach`].
 //! 3. [`Security::listen`], and `Listener::serve` as a task.
 //! 4. Namespaces `kube-system`, `kube-public`, `default`, `kube-node-lease`; then `rbac::bootstrap::reconcile` with a client
@@ -9,7 +8,7 @@
 //! 5. [`Security::write_admin_kubeconfig`], and the server is ready.
 
 use super::follow::{Client, follow};
-use super::pki::{ClusterKey, ClusterKeys, PkiError, ServerLeaf, clock, files, record, server_leaf, server_name};
+use super::pki::{ClusterKeys, PkiError, ServerLeaf, files, server_leaf, server_name};
 use super::reviews::Answers;
 use super::signer::{self, Signer};
 use super::{Authenticator, Authorizer, Identity, ServiceAccountTokens};
@@ -27,9 +26,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::sync::watch;
-
-/// Where the cluster key lies under the data dir.
-const CLUSTER_KEY: &str = "server/cluster.key";
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -64,23 +60,6 @@ pub struct Security {
 }
 
 impl Security {
-    /// Opens the cluster's keys. `clock_state` holds a reason for `/readyz` while the system clock is wrong, which is waited
-    /// out.
-    pub async fn open(
-        node: &coracle_raft::Node,
-        data_dir: &Path,
-        cluster_domain: &str,
-        clock_state: &watch::Sender<Option<String>>,
-    ) -> Result<Security, SecurityError> {
-        clock::wait_until_plausible(clock::earliest(None), clock_state).await;
-        let cluster_key = ClusterKey::load_or_create(&data_dir.join(CLUSTER_KEY))?;
-        let keys = record::load_or_create(node, &cluster_key, SystemTime::now()).await?;
-        clock::wait_until_plausible(clock::earliest(Some(keys.server_ca.not_before())), clock_state).await;
-        files::write_data_dir(data_dir, &keys)?;
-        let backend = Backend::new(node.store().clone(), Arc::new(node.clone()));
-        Security::assemble(Arc::new(keys), backend, cluster_domain)
-    }
-
     /// The parts over keys that are open.
     pub fn assemble(keys: Arc<ClusterKeys>, backend: Backend, cluster_domain: &str) -> Result<Security, SecurityError> {
         let authorizer = Authorizer::new(backend.store().clone());
@@ -134,23 +113,23 @@ impl Security {
         tokio::spawn(follow(store, signer::PREFIX, leadership, shutdown.clone(), sweep))
     }
 
-    /// Binds the TLS listener and keeps its certificate fresh until `shutdown`. What is no HTTP goes to `protocols`.
+    /// Binds the TLS listener and keeps its certificate, which is returned too, fresh until `shutdown`. What is no HTTP goes to `protocols`.
     pub async fn listen(
         &self,
         address: SocketAddr,
         names: &ServingNames<'_>,
         protocols: Protocols,
         shutdown: &tokio_util::sync::CancellationToken,
-    ) -> Result<Listener, ListenError> {
+    ) -> Result<(Listener, Arc<ServerLeaf>), ListenError> {
         let server = server_name::dns_name(names.server_id);
         let configured = &[std::slice::from_ref(&server), names.configured].concat();
         let names = server_leaf::server_names(names.cluster_domain, names.node_name, names.addresses, configured);
-        let leaf = ServerLeaf::issue(self.keys.clone(), names, SystemTime::now())?;
+        let leaf = ServerLeaf::issue(self.keys.clone(), names, protocols.now())?;
         let (authenticator, authorizer) = (self.authenticator.clone(), self.authorizer.clone());
         let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default(), protocols);
         let listener = listener.await?;
-        tokio::spawn(leaf.keep_fresh(shutdown.clone()));
-        Ok(listener)
+        tokio::spawn(leaf.clone().keep_fresh(shutdown.clone()));
+        Ok((listener, leaf))
     }
 
     /// Writes the administrator's kubeconfig, by rename.

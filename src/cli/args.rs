@@ -33,6 +33,16 @@ pub enum Command {
     Images(ImagesArgs),
     /// Run kubectl against the server of this machine
     Kubectl(KubectlArgs),
+    /// Show how this server and its cluster are: what is wrong and what to do
+    Status(super::status::StatusArgs),
+    /// List and remove the servers of the cluster
+    Member(super::member::MemberArgs),
+    /// Make, list, delete and rotate tokens for joining
+    Token(super::token::TokenArgs),
+    /// Save, list, prune and restore snapshots of the cluster's state
+    Snapshot(super::snapshot::SnapshotArgs),
+    /// Check and renew certificates
+    Certificate(super::certificate::CertificateArgs),
     /// Check that this machine's kernel has what Coracle needs
     CheckConfig,
     /// Stop an instance and remove everything it made; asks nothing
@@ -53,6 +63,50 @@ pub struct ServerArgs {
     /// Folder that holds all state
     #[arg(long, short, env = "CORACLE_DATA_DIR", default_value = DATA_DIR, value_name = "DIR")]
     pub data_dir: PathBuf,
+    /// Any server of the cluster to join, https://ADDRESS:6443; not needed once this server has joined
+    #[arg(long, short, env = "CORACLE_URL", value_name = "URL", help_heading = "Cluster")]
+    pub server: Option<String>,
+    /// Token to join with, from DATA/server/token of a server
+    #[arg(long, short, env = "CORACLE_TOKEN", value_name = "TOKEN", hide_env_values = true, help_heading = "Cluster")]
+    pub token: Option<String>,
+    /// File that holds the token
+    #[arg(long, env = "CORACLE_TOKEN_FILE", value_name = "FILE", help_heading = "Cluster")]
+    pub token_file: Option<PathBuf>,
+    /// Make this one server a cluster of its own again, when the others are lost for good; then end
+    #[arg(long, help_heading = "Cluster")]
+    pub cluster_reset: bool,
+    /// Snapshot to begin from when resetting
+    #[arg(long, env = "CORACLE_CLUSTER_RESET_RESTORE_PATH", value_name = "FILE", help_heading = "Cluster")]
+    pub cluster_reset_restore_path: Option<PathBuf>,
+    /// When to take snapshots of the cluster's state, a cron schedule; empty for never
+    #[arg(
+        long,
+        alias = "etcd-snapshot-schedule-cron",
+        env = "CORACLE_SNAPSHOT_SCHEDULE_CRON",
+        default_value = "0 */12 * * *",
+        value_name = "CRON",
+        help_heading = "Snapshots"
+    )]
+    pub snapshot_schedule_cron: String,
+    /// How many scheduled snapshots to keep
+    #[arg(
+        long,
+        alias = "etcd-snapshot-retention",
+        env = "CORACLE_SNAPSHOT_RETENTION",
+        default_value_t = 5,
+        value_name = "N",
+        help_heading = "Snapshots"
+    )]
+    pub snapshot_retention: usize,
+    /// Folder of the snapshots (default: DATA/server/snapshots)
+    #[arg(
+        long,
+        alias = "etcd-snapshot-dir",
+        env = "CORACLE_SNAPSHOT_DIR",
+        value_name = "DIR",
+        help_heading = "Snapshots"
+    )]
+    pub snapshot_dir: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "CORACLE_BIND_ADDRESS", default_value = "0.0.0.0", value_name = "IP", help_heading = "Listener")]
     pub bind_address: IpAddr,

@@ -23,7 +23,7 @@ pub fn merge(command: clap::Command, argv: Vec<OsString>) -> anyhow::Result<Vec<
     let mut faults = Vec::new();
     let mut from_file: Vec<OsString> = Vec::new();
     for (key, (value, file)) in settings {
-        let Some(flag) = flags.get_arguments().find(|a| a.get_long() == Some(&key) && key != "config") else {
+        let Some(flag) = flags.get_arguments().find(|a| is_called(a, &key) && key != "config") else {
             let known = flags.get_arguments().filter_map(|a| a.get_long()).filter(|l| *l != "config");
             let known = known.collect::<Vec<_>>().join(", ");
             faults.push(format!("{}: unknown key {key:?}; the keys are {known}", file.display()));
@@ -42,6 +42,11 @@ pub fn merge(command: clap::Command, argv: Vec<OsString>) -> anyhow::Result<Vec<
     merged.extend(from_file);
     merged.extend(argv.into_iter().skip(2));
     Ok(merged)
+}
+
+/// Whether a key names this flag, by its name or by the name that k3s has for it.
+fn is_called(flag: &clap::Arg, key: &str) -> bool {
+    flag.get_long() == Some(key) || flag.get_all_aliases().is_some_and(|aliases| aliases.contains(&key))
 }
 
 /// All settings with the file each comes from. A file that was named must exist; the default one need not.

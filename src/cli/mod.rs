@@ -8,6 +8,8 @@
 //! | [`config_file`] | the YAML file and its drop-ins; keys are the flag names |
 //! | [`settings`] | raw flags become checked [`crate::server::Settings`], all faults reported together |
 //! | [`agent`] | `coracle agent` |
+//! | [`client`] | the way to the running server of an instance |
+//! | [`status`], [`member`], [`token`], [`snapshot`], [`certificate`] | the commands of these names |
 //! | [`images`] | `coracle images` |
 //! | [`kubectl`] | `coracle kubectl` |
 //! | [`check_config`] | `coracle check-config` |
@@ -15,11 +17,17 @@
 
 pub mod agent;
 pub mod args;
+pub mod certificate;
 pub mod check_config;
+pub mod client;
 pub mod config_file;
 pub mod images;
 pub mod kubectl;
+pub mod member;
 pub mod settings;
+pub mod snapshot;
+pub mod status;
+pub mod token;
 pub mod uninstall;
 
 use std::process::ExitCode;
@@ -48,19 +56,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The error and its causes on one line, leaving out a cause that repeats what was said.
+/// The error and its causes on one line.
 fn explain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain() {
-        let cause = cause.to_string();
-        if !text.contains(&cause) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(&cause);
-        }
-    }
-    text
+    crate::server::explain(error.as_ref())
 }
 
 fn run() -> anyhow::Result<ExitCode> {
@@ -82,6 +80,11 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Images(args) => return images::run(args),
         Command::Uninstall(args) => return uninstall::run(args),
         Command::Kubectl(args) => return kubectl::run(args),
+        Command::Status(args) => return status::run(args),
+        Command::Member(args) => return member::run(args),
+        Command::Token(args) => return token::run(args),
+        Command::Snapshot(args) => return snapshot::run(args),
+        Command::Certificate(args) => return certificate::run(args),
         Command::CheckConfig => return check_config::run(),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "coracle", &mut std::io::stdout());
@@ -102,8 +105,8 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// Logs go to standard error; `CORACLE_LOG` takes `tracing` filter directives.
 fn start_logging(verbose: u8) {
     let level = match verbose {
-        0 => "info,openraft=warn",
-        1 => "info,openraft=warn,coracle=debug,coracle_agent=debug,coracle_raft=debug",
+        0 => "info,openraft=error",
+        1 => "info,openraft=error,coracle=debug,coracle_agent=debug,coracle_raft=debug",
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("CORACLE_LOG").unwrap_or_else(|_| EnvFilter::new(level));

@@ -8,7 +8,9 @@ use k8s_openapi::api::core::v1::Taint;
 
 use super::args::ServerArgs;
 use crate::apiserver::names;
+use crate::controllers::schedule::Schedule;
 use crate::server::Settings;
+use crate::server::settings::Snapshots;
 
 /// Components that `--disable` knows.
 const COMPONENTS: [&str; 2] = ["coredns", "kube-proxy"];
@@ -62,6 +64,15 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         faults.check("tls-san", san, valid);
     }
     check_components(&args.disable, &mut faults);
+    let server = args.server.as_deref().filter(|url| !url.is_empty());
+    let server = server.map(|url| faults.check("server", url, super::agent::server_address(url)));
+    let token = token(args.token.as_deref(), args.token_file.as_deref()).unwrap_or_else(|fault| {
+        faults.0.push(fault);
+        None
+    });
+    let cron = args.snapshot_schedule_cron.trim();
+    let parsed = (!cron.is_empty()).then(|| Schedule::parse(cron, jiff::tz::TimeZone::UTC));
+    let schedule = parsed.and_then(|parsed| faults.check("snapshot-schedule-cron", cron, parsed)).map(|_| cron.to_owned());
     if args.https_listen_port == 0 {
         faults.0.push("--https-listen-port 0: expected a port from 1 to 65535".to_owned());
     }
@@ -77,6 +88,11 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     else {
         bail!("the settings are not usable:\n  {}", faults.0.join("\n  "));
     };
+    let snapshots = Snapshots {
+        schedule,
+        retention: args.snapshot_retention,
+        dir: args.snapshot_dir.clone().unwrap_or_else(|| args.data_dir.join("server/snapshots")),
+    };
     let disabled = |name: &str| args.disable.iter().any(|d| d == name);
     Ok(Settings {
         data_dir: args.data_dir,
@@ -84,6 +100,8 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         port: args.https_listen_port,
         advertise_address: args.advertise_address,
         tls_san: args.tls_san,
+        server: server.flatten(),
+        token,
         cluster_cidr,
         service_cidr,
         node_ports,
@@ -99,7 +117,22 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         agent: !args.disable_agent,
         dns: !disabled("coredns"),
         service_proxy: !disabled("kube-proxy"),
+        snapshots,
+        cluster_reset: args.cluster_reset,
+        restore_path: args.cluster_reset_restore_path,
     })
+}
+
+/// `--token`, or what `--token-file` holds; whether it is one shows when it is needed.
+fn token(given: Option<&str>, file: Option<&std::path::Path>) -> Result<Option<String>, String> {
+    match (given.filter(|text| !text.is_empty()), file) {
+        (Some(text), _) => Ok(Some(text.to_owned())),
+        (None, Some(file)) => match std::fs::read_to_string(file) {
+            Ok(text) => Ok(Some(text.trim().to_owned())),
+            Err(error) => Err(format!("--token-file {:?}: {error}", file.display())),
+        },
+        (None, None) => Ok(None),
+    }
 }
 
 /// Names that `--disable` may have.
@@ -119,7 +152,7 @@ pub(super) fn host_name() -> anyhow::Result<String> {
     Ok(name.to_string_lossy().to_lowercase())
 }
 
-pub(super) fn node_name(name: &str) -> Result<String, String> {
+pub(crate) fn node_name(name: &str) -> Result<String, String> {
     domain_name(name)?;
     Ok(name.to_owned())
 }

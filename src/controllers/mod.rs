@@ -69,7 +69,7 @@ mod podgc;
 mod quota;
 mod replicaset;
 mod rollout;
-mod schedule;
+pub(crate) mod schedule;
 mod serviceaccount;
 mod statefulset;
 mod ttl;

@@ -1,5 +1,5 @@
-//! What every cluster has from its first second: system namespaces, priority classes, the `default/kubernetes` Service with
-//! this server behind it, and the Service of the cluster DNS. Written through the API like anything else.
+//! What every cluster has from its first second: system namespaces, priority classes, the `default/kubernetes` Service and that
+//! of the cluster DNS. Written through the API like anything else.
 
 use std::net::IpAddr;
 
@@ -21,13 +21,8 @@ pub async fn namespaces(client: &kube::Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes what is missing and points the Service at this server. Repeatable.
-pub async fn ensure(
-    client: &kube::Client,
-    settings: &Settings,
-    advertise: IpAddr,
-    service_ip: IpAddr,
-) -> anyhow::Result<()> {
+/// Makes what is missing. Repeatable. What is behind the `kubernetes` Service is [`super::live`]'s to write.
+pub async fn ensure(client: &kube::Client, settings: &Settings, service_ip: IpAddr) -> anyhow::Result<()> {
     for (name, value, what) in [
         (
             "system-node-critical",
@@ -46,19 +41,14 @@ pub async fn ensure(
         });
         create(client, "/apis/scheduling.k8s.io/v1/priorityclasses", object).await?;
     }
-    kubernetes_service(client, settings, advertise, service_ip).await?;
+    kubernetes_service(client, settings, service_ip).await?;
     if settings.dns {
         dns_service(client, settings.cluster_dns).await?;
     }
     Ok(())
 }
 
-async fn kubernetes_service(
-    client: &kube::Client,
-    settings: &Settings,
-    advertise: IpAddr,
-    service_ip: IpAddr,
-) -> anyhow::Result<()> {
+async fn kubernetes_service(client: &kube::Client, settings: &Settings, service_ip: IpAddr) -> anyhow::Result<()> {
     let labels = json!({"component": "apiserver", "provider": "kubernetes"});
     let ports = json!([{"name": "https", "port": 443, "protocol": "TCP", "targetPort": settings.port}]);
     let service = json!({
@@ -69,28 +59,7 @@ async fn kubernetes_service(
             "sessionAffinity": "None", "ports": ports,
         },
     });
-    create(client, "/api/v1/namespaces/default/services", service).await?;
-    let endpoints = json!({
-        "apiVersion": "v1", "kind": "Endpoints",
-        "metadata": {
-            "name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"},
-        },
-        "subsets": [{
-            "addresses": [{"ip": advertise.to_string()}],
-            "ports": [{"name": "https", "port": settings.port, "protocol": "TCP"}],
-        }],
-    });
-    put(client, "/api/v1/namespaces/default/endpoints", endpoints).await?;
-    let slice = json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"},
-        },
-        "addressType": if advertise.is_ipv4() { "IPv4" } else { "IPv6" },
-        "endpoints": [{"addresses": [advertise.to_string()], "conditions": {"ready": true}}],
-        "ports": [{"name": "https", "port": settings.port, "protocol": "TCP"}],
-    });
-    put(client, "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", slice).await
+    create(client, "/api/v1/namespaces/default/services", service).await
 }
 
 /// Has no selector: the responder of every node answers on the address itself.
@@ -122,12 +91,29 @@ async fn send(client: &kube::Client, method: Method, path: &str, body: &Value) -
     client.request(request).await
 }
 
-async fn exists(client: &kube::Client, path: &str) -> anyhow::Result<bool> {
+/// Reads an object; none when it is not there.
+///
+/// # Errors
+/// The API does not answer.
+pub async fn get(client: &kube::Client, path: &str) -> anyhow::Result<Option<Value>> {
     let request = Request::get(path).body(Vec::new())?;
     match client.request::<Value>(request).await {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+        Ok(object) => Ok(Some(object)),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(e) => Err(e).with_context(|| format!("read {path}")),
+    }
+}
+
+/// Deletes an object; one that is gone is fine.
+///
+/// # Errors
+/// The API refuses or does not answer.
+pub async fn delete(client: &kube::Client, path: &str) -> anyhow::Result<()> {
+    let request = Request::delete(path).body(Vec::new())?;
+    match client.request::<Value>(request).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(e) => Err(e).with_context(|| format!("delete {path}")),
     }
 }
 
@@ -142,7 +128,7 @@ fn name(object: &Value) -> &str {
 /// Creates an object; one that is there stays as it is.
 async fn create(client: &kube::Client, collection: &str, object: Value) -> anyhow::Result<()> {
     let path = format!("{collection}/{}", name(&object));
-    if exists(client, &path).await? {
+    if get(client, &path).await?.is_some() {
         return Ok(());
     }
     match send(client, Method::POST, collection, &object).await {
@@ -153,7 +139,10 @@ async fn create(client: &kube::Client, collection: &str, object: Value) -> anyho
 }
 
 /// Creates an object or replaces it.
-async fn put(client: &kube::Client, collection: &str, object: Value) -> anyhow::Result<()> {
+///
+/// # Errors
+/// The API refuses or does not answer.
+pub async fn put(client: &kube::Client, collection: &str, object: Value) -> anyhow::Result<()> {
     match send(client, Method::POST, collection, &object).await {
         Ok(_) => Ok(()),
         Err(e) if is_conflict(&e) => {

@@ -4,11 +4,22 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
+//! | [`settings`] | what the command line decided |
 //! | [`lock`] | one server per data folder |
 //! | [`address`] | the address of this machine |
+//! | [`open`] | from a folder to a member: found, join, or go on |
+//! | [`anteroom`] | the open port of a server that has no keys yet |
+//! | [`keys`] | the cluster's keys, and the files that copy them |
+//! | [`peers`], [`peering`] | streams to the other servers; what servers tell each other |
+//! | [`cluster`] | who is in the cluster, who may come in |
+//! | [`join`] | machines that join, and this server's own way in |
+//! | [`raise`] | what follows once there is a leader, and `/readyz` |
+//! | [`own_node`] | the agent in this process |
 //! | [`identities`] | in-process clients under their own identities |
 //! | [`bootstrap`] | what every cluster has from its first second |
-//! | [`own_node`] | the agent in this process |
+//! | [`live`] | the servers behind `default/kubernetes` |
+//! | [`snapshots`], [`reset`] | copies of the store on disk; beginning anew from one |
+//! | [`admin`] | what the command line asks a running server |
 //! | [`upkeep`] | small chores of the leader |
 //!
 //! # Tasks
@@ -16,111 +27,178 @@
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
 //! | raft (crate `coracle-raft`) | log and state | first | last |
-//! | listener | connections | once the keys are there | with `shutdown`, after draining |
-//! | controllers and scheduler | caches, queues | with leadership | with leadership |
-//! | agent (crate `coracle-agent`) | the node | when the API is ready inside | with `shutdown`; pods go on |
+//! | listener | connections | once the keys are there, before there is a leader | with `shutdown`, after draining |
+//! | keys | copies on disk | with the listener | with `shutdown` |
+//! | peering | nothing | with the listener | with `shutdown` |
+//! | agent (crate `coracle-agent`) | the node | when the API is open, or soon after the start | with `shutdown`; pods go on |
+//! | controllers and scheduler | caches, queues | with leadership, once the API is open | with leadership |
+//! | live servers | the endpoints of `default/kubernetes` | with leadership, once the API is open | with leadership |
+//! | snapshots | scheduled snapshots | with the listener | with `shutdown` |
 
 pub mod address;
+pub mod admin;
+pub mod anteroom;
 pub mod bootstrap;
+pub mod cluster;
 pub mod identities;
+pub mod join;
+pub mod keys;
+pub mod live;
 pub mod lock;
+pub mod open;
 pub mod own_node;
+pub mod peering;
+pub mod peers;
+pub mod raise;
+pub mod reset;
+pub mod settings;
+pub mod snapshots;
 pub mod upkeep;
 
-use std::net::{IpAddr, SocketAddr};
-use std::ops::RangeInclusive;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Taint;
-use tokio::signal::unix::{SignalKind, signal};
+use coracle_agent::servers::resolve::Resolver;
+use coracle_raft::Standing;
+use futures::future::FutureExt;
+use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 
-use crate::apiserver::{ApiServer, backend::Backend, protocols::{self, Protocols}, service::Parts};
+use self::admin::Admin;
+use self::cluster::Cluster;
+use self::open::Opened;
+use self::raise::Readiness;
+use crate::apiserver::protocols::{self, Protocols};
+use crate::apiserver::{ApiServer, backend::Backend, service::Parts};
 use crate::auth::security::ServingNames;
-use crate::auth::{Identity, Security, rbac};
+use crate::auth::{Identity, Security};
 use crate::controllers;
 use crate::strategy::service::allocation::ServiceNetwork;
+
+pub use self::settings::{Settings, admin_kubeconfig};
 
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long each part may take to end after a signal; the whole must be done within 5 s.
-const STOP_PATIENCE: Duration = Duration::from_millis(3500);
+const STOP_PATIENCE: Duration = Duration::from_millis(2500);
 
-/// Everything the command line decided, checked.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// Folder of all state.
-    pub data_dir: PathBuf,
-    /// Address to listen on.
-    pub bind_address: IpAddr,
-    /// Port of the API.
-    pub port: u16,
-    /// Where pods reach the API; the node's address unless given.
-    pub advertise_address: Option<IpAddr>,
-    /// More names for the serving certificate.
-    pub tls_san: Vec<String>,
-    /// Addresses of pods.
-    pub cluster_cidr: IpNet,
-    /// Addresses of Services.
-    pub service_cidr: IpNet,
-    /// Ports of NodePort Services.
-    pub node_ports: RangeInclusive<u16>,
-    /// Address of the cluster DNS.
-    pub cluster_dns: IpAddr,
-    /// DNS domain of the cluster.
-    pub cluster_domain: String,
-    /// Where the administrator's kubeconfig goes.
-    pub kubeconfig: PathBuf,
-    /// Its mode.
-    pub kubeconfig_mode: u32,
-    /// Name of this node.
-    pub node_name: String,
-    /// Addresses of this node; empty to find them.
-    pub node_ips: Vec<IpAddr>,
-    /// Labels the node registers with.
-    pub node_labels: Vec<(String, String)>,
-    /// Taints the node registers with.
-    pub node_taints: Vec<Taint>,
-    /// The host's resolver file.
-    pub resolv_conf: PathBuf,
-    /// Run a node.
-    pub agent: bool,
-    /// Run the DNS responder.
-    pub dns: bool,
-    /// Run the service proxy.
-    pub service_proxy: bool,
+/// How long the handing over of leadership may take when stopping.
+const TRANSFER_PATIENCE: Duration = Duration::from_millis(1000);
+/// How long the closing of the store may take; without it the next start has more to read, nothing is lost.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(1300);
+/// The agent starts this long after the server at the latest, leader or not: its pods need none.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// An error and its causes on one line, leaving out a cause that repeats what was said.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
 }
 
-/// Where the command line finds the administrator's credential of an instance.
-pub fn admin_kubeconfig(data_dir: &Path) -> PathBuf {
-    data_dir.join("server/admin.kubeconfig")
+/// Where Service addresses and node ports come from.
+pub fn service_network(settings: &Settings) -> ServiceNetwork {
+    ServiceNetwork { range: settings.service_cidr, node_ports: settings.node_ports.clone() }
+}
+
+/// The secret by which the node of this machine proves that it is the one of before.
+///
+/// # Errors
+/// It cannot be read or kept.
+pub fn node_secret(data_dir: &Path) -> anyhow::Result<String> {
+    let credentials = coracle_agent::join::credentials::Credentials::new(data_dir.join("agent"));
+    credentials.node_secret().context("the secret of this machine's node")
+}
+
+/// What is to be done with the data folder when this run of the server has ended; then the program starts again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Again {
+    /// The cluster began anew without this server: its data is of no use.
+    Forget,
+    /// The administrator wants the state of a snapshot.
+    Restore(PathBuf),
 }
 
 /// Runs a server until SIGTERM or SIGINT, or until something happens that it must not survive.
+///
+/// # Errors
+/// It cannot start, or the store has failed.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let _lock = lock::DataDirLock::take(&settings.data_dir)?;
-    let listen = SocketAddr::new(settings.bind_address, settings.port);
-    check_port(listen)?;
-    let shutdown = CancellationToken::new();
-    let server = Server::start(settings, listen, shutdown.clone()).await?;
-    let fatal = server.raft.clone();
+    let mut signals = Signals::new()?;
+    let lock = lock::DataDirLock::take(&settings.data_dir)?;
+    if settings.cluster_reset || settings.restore_path.is_some() {
+        return reset::run(&settings).await;
+    }
+    check_port(settings.listen())?;
+    reset::act_on_note(&settings.data_dir).await?;
+    let (shutdown, again) = (CancellationToken::new(), Arc::new(watch::Sender::new(None)));
+    let started = tokio::select! {
+        started = Server::start(settings.clone(), again.clone(), shutdown.clone()) => started?,
+        () = signals.any() => {
+            tracing::info!("told to stop before the start was done");
+            return Ok(());
+        }
+    };
+    let fatal = started.cluster.node.clone();
+    let mut restart = again.subscribe();
     let outcome = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        () = signals.any() => Ok(()),
         why = fatal.stopped() => Err(anyhow::anyhow!("the store has stopped: {why}")),
+        () = started.failed.cancelled() => Err(anyhow::anyhow!("the server cannot start; the log says why")),
+        wanted = restart.wait_for(Option::is_some) => wanted.map(drop).map_err(Into::into),
     };
     tracing::info!("stopping; pods go on");
-    shutdown.cancel();
-    server.stop().await;
+    started.stop(shutdown).await;
+    let again = again.borrow().clone();
+    if let (Ok(()), Some(again)) = (&outcome, again) {
+        reset::note(&settings.data_dir, &again)?;
+        drop(lock);
+        return start_again();
+    }
     outcome
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Signals> {
+        Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Becomes a fresh run of the same program with the same arguments and pid, as a supervisor would start it.
+fn start_again() -> anyhow::Result<()> {
+    use std::os::unix::process::CommandExt;
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_else(|| "coracle".into());
+    tracing::info!("starting again");
+    let error = std::process::Command::new("/proc/self/exe").arg0(name).args(args).exec();
+    Err(error).context("start again")
 }
 
 /// An early look, so that a port in use is reported before anything is written.
@@ -135,82 +213,97 @@ fn check_port(listen: SocketAddr) -> anyhow::Result<()> {
 }
 
 struct Server {
-    raft: coracle_raft::Node,
+    cluster: Cluster,
+    readiness: Readiness,
+    /// Cancelled when something that must be there cannot be made.
+    failed: CancellationToken,
     tasks: Vec<(&'static str, tokio::task::JoinHandle<()>)>,
 }
 
+/// What the tasks of a server that is open share.
+#[derive(Clone)]
+struct Running {
+    settings: Settings,
+    cluster: Cluster,
+    security: Security,
+    api: ApiServer,
+    readiness: Readiness,
+    shutdown: CancellationToken,
+}
+
 impl Server {
-    async fn start(settings: Settings, listen: SocketAddr, shutdown: CancellationToken) -> anyhow::Result<Server> {
+    async fn start(
+        settings: Settings,
+        again: Arc<watch::Sender<Option<Again>>>,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Server> {
         let begin = std::time::Instant::now();
-        let node_ips = if settings.node_ips.is_empty() { vec![address::detect()] } else { settings.node_ips.clone() };
-        let advertise = settings.advertise_address.unwrap_or(node_ips[0]);
-        let raft = coracle_raft::Node::start(coracle_raft::Options {
-            address: SocketAddr::new(advertise, settings.port).to_string(),
-            ..coracle_raft::Options::new(settings.data_dir.join("server/db"))
-        })
-        .await
-        .context("start the store")?;
-        let (clock_state, clock_problem) = tokio::sync::watch::channel(None);
-        let security = Security::open(&raft, &settings.data_dir, &settings.cluster_domain, &clock_state).await;
-        let security = security.context("open the keys of the cluster")?;
-        let network = ServiceNetwork { range: settings.service_cidr, node_ports: settings.node_ports.clone() };
-        let service_ip = network.first();
-        let address = SocketAddr::new(advertise, settings.port).to_string();
+        let clock = Arc::new(watch::Sender::new(None));
+        let Opened { cluster, earliest } = open::open(&settings, &clock).await?;
+        let backend = Backend::new(cluster.node.store().clone(), Arc::new(cluster.node.clone()));
+        let security = Security::assemble(cluster.keyring.keys.clone(), backend.clone(), &settings.cluster_domain)?;
         let api = ApiServer::new(Parts {
-            backend: Backend::new(raft.store().clone(), Arc::new(raft.clone())),
+            backend,
             authorizer: security.authorizer.clone(),
             admission: security.admission.clone(),
-            address: address.clone(),
-            services: network,
+            address: cluster.address.clone(),
+            services: service_network(&settings),
             shutdown: shutdown.clone(),
         });
-        security.attach(&api, &address);
-        let started = Arc::new(AtomicBool::new(false));
-        add_health_checks(&api, &raft, &started, clock_problem);
-
-        let protocols = Protocols::default();
+        api.close("the server is starting and does not know the newest state of its cluster yet");
+        security.attach(&api, &cluster.address);
+        let readiness = Readiness::new(clock);
+        readiness.register(api.health(), &cluster);
+        let (failed, protocols) = (CancellationToken::new(), Protocols::new(earliest));
+        protocols.on(protocols::PEER, serve_peers(&cluster));
         protocols.on(protocols::LINK, api.links().handler());
-        let mut addresses = node_ips.clone();
-        addresses.extend([advertise, settings.bind_address, service_ip]);
-        let names = ServingNames {
-            cluster_domain: &settings.cluster_domain,
-            node_name: &settings.node_name,
-            server_id: raft.id(),
-            addresses: &addresses,
-            configured: &settings.tls_san,
-        };
-        let listener = security.listen(listen, &names, protocols, &shutdown).await?;
+        protocols.on_path(join::PREFIX, join::door::doorkeeper(cluster.clone()));
+        protocols.on_path(peering::PREFIX, peering::doorkeeper(cluster.clone()));
+        let (listener, leaf) = listen(&settings, &security, &cluster, protocols, &shutdown).await?;
+        Admin { cluster: cluster.clone(), settings: settings.clone(), leaf, again: again.clone() }.attach(&api);
+        cluster.keyring.write_files()?;
+        let path = admin_kubeconfig(&settings.data_dir);
+        security.write_admin_kubeconfig(&path, 0o600, &settings.local_url())?;
+
         let service = BoxCloneSyncService::new(api.clone());
         let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
-
-        let own = crate::apiserver::client(&api, Identity::apiserver());
-        bootstrap::namespaces(&own).await?;
-        rbac::bootstrap::reconcile(&own).await.context("write the bootstrap policy")?;
-        bootstrap::ensure(&own, &settings, advertise, service_ip).await?;
-        write_kubeconfigs(&settings, &security, listen)?;
-
+        let running = Running { settings, cluster, security, api, readiness, shutdown };
+        running.start_background(&again, &mut tasks);
+        let (raised, failing) = (running.clone(), failed.clone());
         tasks.push((
-            "controllers",
-            controllers::spawn_all(controllers::Context {
-                client_for: identities::client_for(&api),
-                leadership: raft.leadership(),
-                cluster_cidrs: vec![settings.cluster_cidr],
-                root_ca_pem: security.keys.server_ca.certificate_pem().into(),
-                shutdown: shutdown.clone(),
+            "start",
+            tokio::spawn(async move {
+                match raised.shutdown.clone().run_until_cancelled(raised.raise(begin)).await {
+                    None => {}
+                    Some(Ok(tasks)) => drop(futures::future::join_all(tasks).await),
+                    Some(Err(error)) => {
+                        tracing::error!(error = format!("{error:#}"), "the server cannot start");
+                        failing.cancel();
+                    }
+                }
             }),
         ));
-        tasks.push(("certificate signer", security.spawn_signer(&api, raft.leadership(), &shutdown)));
-        tasks.push(("upkeep", tokio::spawn(upkeep::run(api.clone(), raft.leadership(), shutdown.clone()))));
-        if settings.agent {
-            tasks.push(("agent", own_node::start(&api, &security, &settings, node_ips, &address, &shutdown)));
-        }
-        started.store(true, Ordering::Release);
-        tracing::info!(address = %listen, milliseconds = begin.elapsed().as_millis() as u64, "the API is ready");
-        Ok(Server { raft, tasks })
+        Ok(Server { cluster: running.cluster, readiness: running.readiness, failed, tasks })
     }
 
-    /// Waits for every task, a bounded time in all, then closes the store.
-    async fn stop(self) {
+    /// Hands leadership over while requests are still served, then ends every task, a bounded time in all, then closes the store.
+    async fn stop(self, shutdown: CancellationToken) {
+        let begin = std::time::Instant::now();
+        self.readiness.stopping.store(true, Ordering::Release);
+        let standing = *self.cluster.node.standing().borrow();
+        if !self.cluster.is_alone() && standing == Standing::Member {
+            let node = self.cluster.node.clone();
+            let leave = async {
+                if let Err(error) = live::set_leaving(&node, true).await {
+                    tracing::debug!(%error, "saying that this server leaves");
+                }
+                node.transfer_leadership().await
+            };
+            if tokio::time::timeout(TRANSFER_PATIENCE, leave).await.is_err() {
+                tracing::info!("leadership was not handed over in time");
+            }
+        }
+        shutdown.cancel();
         let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
         for (name, mut task) in self.tasks {
             if tokio::time::timeout_at(deadline, &mut task).await.is_err() {
@@ -218,39 +311,131 @@ impl Server {
                 task.abort();
             }
         }
-        self.raft.shutdown().await;
+        let closing = std::time::Instant::now();
+        if tokio::time::timeout(CLOSE_PATIENCE, self.cluster.node.shutdown()).await.is_err() {
+            tracing::warn!("the store did not close in time; the next start reads its log");
+        }
+        tracing::info!(
+            milliseconds = begin.elapsed().as_millis() as u64,
+            of_the_store = closing.elapsed().as_millis() as u64,
+            "stopped"
+        );
     }
 }
 
-fn add_health_checks(
-    api: &ApiServer,
-    raft: &coracle_raft::Node,
-    started: &Arc<AtomicBool>,
-    clock_problem: tokio::sync::watch::Receiver<Option<String>>,
-) {
-    let health = api.health();
-    let leads = raft.leadership();
-    health.add_ready("store", Arc::new(move || if *leads.borrow() { Ok(()) } else { Err("no leader".to_owned()) }));
-    let started = started.clone();
-    health.add_ready(
-        "bootstrap",
-        Arc::new(move || {
-            if started.load(Ordering::Acquire) { Ok(()) } else { Err("system objects are being made".to_owned()) }
-        }),
-    );
-    health.add_ready("clock", Arc::new(move || clock_problem.borrow().clone().map_or(Ok(()), Err)));
+/// Binds the port under the names that this server answers to.
+async fn listen(
+    settings: &Settings,
+    security: &Security,
+    cluster: &Cluster,
+    protocols: Protocols,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<(crate::apiserver::listener::Listener, Arc<crate::auth::pki::ServerLeaf>)> {
+    let mut addresses = settings.node_ips();
+    addresses.extend(cluster.address.parse::<SocketAddr>().ok().map(|address| address.ip()));
+    addresses.extend([settings.bind_address, service_network(settings).first()]);
+    let names = ServingNames {
+        cluster_domain: &settings.cluster_domain,
+        node_name: &settings.node_name,
+        server_id: cluster.node.id(),
+        addresses: &addresses,
+        configured: &settings.tls_san,
+    };
+    Ok(security.listen(settings.listen(), &names, protocols, shutdown).await?)
 }
 
-fn write_kubeconfigs(settings: &Settings, security: &Security, listen: SocketAddr) -> anyhow::Result<()> {
-    // The loopback address unless the server listens on one address only.
-    let host = match listen.ip() {
-        ip if ip.is_unspecified() => IpAddr::from([127, 0, 0, 1]),
-        ip => ip,
-    };
-    let url = format!("https://{}", SocketAddr::new(host, listen.port()));
-    security.write_admin_kubeconfig(&admin_kubeconfig(&settings.data_dir), 0o600, &url)?;
-    let path = &settings.kubeconfig;
-    security
-        .write_admin_kubeconfig(path, settings.kubeconfig_mode, &url)
-        .with_context(|| format!("--write-kubeconfig {:?}", path.display()))
+/// Connections of other servers go to the consensus engine, unless the server was sent away.
+fn serve_peers(cluster: &Cluster) -> protocols::Handler {
+    let cluster = cluster.clone();
+    Arc::new(move |tls, identity, address| {
+        let cluster = cluster.clone();
+        async move {
+            let Some(id) = identity.server_id() else {
+                return tracing::warn!(user = identity.user.name, %address, "only servers may speak to servers");
+            };
+            if !cluster.is_removed(id).unwrap_or(false) {
+                cluster.node.serve_peer(Box::new(tls), id).await;
+            }
+        }
+        .boxed()
+    })
+}
+
+impl Running {
+    /// What runs from the opened port on, whether there is a leader or not.
+    fn start_background(
+        &self,
+        again: &Arc<watch::Sender<Option<Again>>>,
+        tasks: &mut Vec<(&'static str, tokio::task::JoinHandle<()>)>,
+    ) {
+        let (cluster, settings, shutdown) = (self.cluster.clone(), self.settings.clone(), self.shutdown.clone());
+        tasks.push(("keys", tokio::spawn(cluster.keyring.clone().follow(shutdown.clone()))));
+        let server = settings.server.clone().map(|server| (Resolver::new(settings.resolv_conf.clone()), server));
+        let known = peering::stay_known(cluster.clone(), settings.data_dir.clone(), server, shutdown.clone());
+        tasks.push(("peering", tokio::spawn(known)));
+        let scheduled = snapshots::run(cluster.clone(), settings.snapshots.clone(), shutdown.clone());
+        tasks.push(("snapshots", tokio::spawn(scheduled)));
+        let superseded = CancellationToken::new();
+        let follow = raise::follow_membership(cluster, self.readiness.clone(), superseded.clone(), shutdown);
+        let again = again.clone();
+        tasks.push((
+            "membership",
+            tokio::spawn(async move {
+                follow.await;
+                if superseded.is_cancelled() {
+                    again.send_replace(Some(Again::Forget));
+                }
+            }),
+        ));
+        if settings.agent {
+            tasks.push(("agent", tokio::spawn(self.clone().run_agent())));
+        }
+    }
+
+    /// From the open port to readiness; returns what was started on the way.
+    async fn raise(self, begin: std::time::Instant) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
+        let Running { settings, cluster, security, api, readiness, shutdown } = self;
+        raise::open_api(&api, &cluster, &readiness).await;
+        let own = crate::apiserver::client(&api, Identity::apiserver());
+        let leadership = cluster.node.leadership();
+        raise::namespaces(&own, &readiness).await;
+        let live = live::run(own.clone(), cluster.node.clone(), leadership.clone(), shutdown.clone());
+        let live = tokio::spawn(live);
+        raise::bootstrap(&own, &settings, &cluster, &readiness).await;
+        let path = &settings.kubeconfig;
+        security
+            .write_admin_kubeconfig(path, settings.kubeconfig_mode, &settings.local_url())
+            .with_context(|| format!("--write-kubeconfig {:?}", path.display()))?;
+        let controllers = controllers::spawn_all(controllers::Context {
+            client_for: identities::client_for(&api),
+            leadership: leadership.clone(),
+            cluster_cidrs: vec![settings.cluster_cidr],
+            root_ca_pem: security.keys.server_ca.certificate_pem().into(),
+            shutdown: shutdown.clone(),
+        });
+        let signer = security.spawn_signer(&api, leadership.clone(), &shutdown);
+        let upkeep = tokio::spawn(upkeep::run(api.clone(), leadership, shutdown.clone()));
+        readiness.waiting.send_replace(None);
+        tracing::info!(
+            address = %settings.listen(),
+            milliseconds = begin.elapsed().as_millis() as u64,
+            "the API is ready"
+        );
+        Ok(vec![live, controllers, signer, upkeep])
+    }
+
+    /// Runs the node of this machine.
+    async fn run_agent(self) {
+        let mut waiting = self.readiness.waiting.subscribe();
+        let ready = tokio::time::timeout(AGENT_PATIENCE, waiting.wait_for(Option::is_none));
+        if self.shutdown.run_until_cancelled(ready).await.is_none() {
+            return;
+        }
+        let (settings, shutdown) = (&self.settings, &self.shutdown);
+        let agent =
+            own_node::start(&self.api, &self.security, settings, settings.node_ips(), &self.cluster.address, shutdown);
+        if let Err(error) = agent.await {
+            tracing::error!(%error, "the agent panicked; the server goes on without a node");
+        }
+    }
 }

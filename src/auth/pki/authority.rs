@@ -10,13 +10,12 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Lifetime of an authority: ten years.
 pub const AUTHORITY_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
 /// Lifetime of a leaf: one year.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-/// How far `notBefore` lies in the past, so that peers whose clocks are behind still accept us.
-const BACKDATE: Duration = DAY;
+/// How far `notBefore` lies in the past, so that peers whose clocks are behind, or ours when it is ahead, do no harm.
+const BACKDATE: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// What a leaf is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,6 +179,8 @@ pub(crate) fn validity(certificate: &CertificateDer<'_>) -> Option<(SystemTime, 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
     #[test]
     fn a_leaf_carries_names_and_a_year_inside_its_authoritys_life() {

@@ -15,6 +15,24 @@ pub fn earliest(authority_not_before: Option<SystemTime>) -> SystemTime {
     authority_not_before.map_or(release, |born| born.max(release))
 }
 
+/// No clock of this version's time is right after this: twenty years after the release.
+pub fn latest() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(RELEASE + 20 * 365 * 24 * 60 * 60)
+}
+
+/// The latest time at which this instance is known to have run, by what it wrote, but never later than `latest`: a clock that was
+/// ahead leaves traces too. Certificates that were good then are no riddle to a machine whose clock starts in 1970.
+pub fn last_run(data_dir: &std::path::Path, latest: SystemTime) -> SystemTime {
+    let mut newest = SystemTime::UNIX_EPOCH;
+    for dir in ["server", "server/db", "server/db/wal", "server/tls"] {
+        for entry in std::fs::read_dir(data_dir.join(dir)).into_iter().flatten().flatten() {
+            let modified = entry.metadata().and_then(|metadata| metadata.modified());
+            newest = newest.max(modified.unwrap_or(SystemTime::UNIX_EPOCH));
+        }
+    }
+    newest.min(latest)
+}
+
 /// Why `now` cannot be right, for `/readyz` and the log.
 pub fn problem(now: SystemTime, earliest: SystemTime) -> Option<String> {
     (now < earliest).then(|| {

@@ -74,6 +74,13 @@ impl ClusterKeys {
         })
     }
 
+    /// Replaces the secrets of both join tokens; what they let in before stays.
+    pub(super) fn renew_secrets(&mut self) -> Result<(), PkiError> {
+        self.server_secret = random_secret()?;
+        self.agent_secret = random_secret()?;
+        Ok(())
+    }
+
     pub(super) fn to_record(&self) -> Result<Vec<u8>, PkiError> {
         let record = Record {
             server_ca: Pair::of(&self.server_ca),

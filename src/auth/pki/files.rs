@@ -39,7 +39,8 @@ pub fn write_durably(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PkiErro
     written.map_err(failed(path))
 }
 
-fn write_if_changed(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PkiError> {
+/// [`write_durably`], unless the file holds just that already.
+pub fn write_if_changed(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PkiError> {
     let same_mode = std::fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o7777 == mode);
     if same_mode && std::fs::read(path).is_ok_and(|old| old == bytes) {
         return Ok(());

@@ -11,7 +11,7 @@
 //! | [`authority`] | [`Authority`]: a CA that issues leaves |
 //! | [`cluster_keys`] | [`ClusterKeys`]: everything secret the cluster shares, and its record form |
 //! | [`seal`] | [`ClusterKey`]: the AEAD key in `DATA/server/cluster.key` |
-//! | [`record`] | loads the sealed record from the store, or creates it once |
+//! | [`record`] | the sealed record in the store and its copy on disk |
 //! | [`server_leaf`] | the listener's certificate, swapped while connections live |
 //! | [`files`] | what is written under the data dir: CA copies, tokens, kubeconfigs |
 //! | [`server_name`] | the names of servers among themselves |
@@ -35,6 +35,9 @@ pub use cluster_keys::ClusterKeys;
 pub use join_token::JoinToken;
 pub use seal::ClusterKey;
 pub use server_leaf::ServerLeaf;
+
+/// Where the cluster key lies under the data dir.
+pub const CLUSTER_KEY: &str = "server/cluster.key";
 
 /// What can go wrong with keys and certificates.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,8 @@ pub enum PkiError {
     Store(#[source] coracle_store::StoreError),
     #[error("storing the cluster's keys")]
     Propose(#[source] coracle_raft::ProposeError),
+    #[error("the cluster's keys are being changed by somebody else all the time")]
+    Busy,
     #[error("`{0}` is neither a DNS name nor an IP address")]
     BadName(String),
     #[error("the TLS library refused our certificate")]

@@ -14,20 +14,41 @@ pub struct ClusterKey {
 impl ClusterKey {
     /// Reads the key, or makes one and has it durable on disk before anything can be sealed with it.
     pub fn load_or_create(path: &Path) -> Result<ClusterKey, PkiError> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let mut bytes = [0u8; 32];
-                SystemRandom::new().fill(&mut bytes).map_err(|_| PkiError::Random)?;
-                let text = to_hex(&bytes) + "\n";
-                files::write_durably(path, text.as_bytes(), 0o600)?;
-                text
-            }
-            Err(source) => return Err(PkiError::File { path: path.to_owned(), source }),
-        };
+        if let Some(key) = ClusterKey::load(path)? {
+            return Ok(key);
+        }
+        let mut bytes = [0u8; 32];
+        SystemRandom::new().fill(&mut bytes).map_err(|_| PkiError::Random)?;
+        ClusterKey::install(path, &to_hex(&bytes))
+    }
+
+    /// Reads the key; none when there is no such file.
+    pub fn load(path: &Path) -> Result<Option<ClusterKey>, PkiError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => ClusterKey::parse(path, &text).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(PkiError::File { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Writes a key that came from elsewhere, as 64 hexadecimal digits, durably.
+    pub fn install(path: &Path, text: &str) -> Result<ClusterKey, PkiError> {
+        let key = ClusterKey::parse(path, text)?;
+        files::write_durably(path, format!("{}\n", text.trim()).as_bytes(), 0o600)?;
+        Ok(key)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<ClusterKey, PkiError> {
         let bytes = from_hex(text.trim()).ok_or_else(|| PkiError::BadClusterKey(path.to_owned()))?;
         let key = UnboundKey::new(&AES_256_GCM, &bytes).map_err(|_| PkiError::BadClusterKey(path.to_owned()))?;
         Ok(ClusterKey { key: LessSafeKey::new(key), path: path.to_owned() })
+    }
+
+    /// The key as it lies on disk, for a server that joins.
+    pub fn text(&self) -> Result<String, PkiError> {
+        let text = std::fs::read_to_string(&self.path);
+        let text = text.map_err(|source| PkiError::File { path: self.path.clone(), source })?;
+        Ok(text.trim().to_owned())
     }
 
     /// Where the key lies.

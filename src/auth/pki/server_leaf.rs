@@ -62,9 +62,20 @@ impl ServerLeaf {
         if now < issued + life * 2 / 3 && now + Duration::from_secs(3600) > issued {
             return Ok(false);
         }
+        self.renew(now)?;
+        Ok(true)
+    }
+
+    /// Replaces the leaf now.
+    pub fn renew(&self, now: SystemTime) -> Result<(), PkiError> {
         *self.current.write() = make(&self.keys, &self.names, now)?;
         tracing::info!("serving certificate renewed");
-        Ok(true)
+        Ok(())
+    }
+
+    /// When the leaf ends.
+    pub fn not_after(&self) -> SystemTime {
+        self.current.read().not_after
     }
 
     /// Renews for as long as the process lives; runs as a task, ends with `shutdown`.

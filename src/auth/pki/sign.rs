@@ -113,6 +113,17 @@ pub fn sign(
     lifetime: Duration,
     now: SystemTime,
 ) -> Result<CertificateDer<'static>, PkiError> {
+    sign_between(authority, request, usages, now - BACKDATE, now + lifetime)
+}
+
+/// Signs for this time, as far as it lies within the authority's own.
+pub fn sign_between(
+    authority: &Authority,
+    request: &CertificateRequest,
+    usages: &[&str],
+    from: SystemTime,
+    until: SystemTime,
+) -> Result<CertificateDer<'static>, PkiError> {
     let (_, parsed) =
         x509_parser::parse_x509_certificate(authority.certificate()).map_err(|_| PkiError::BadAuthority)?;
     let issuer = parsed.subject().as_raw().to_vec();
@@ -134,8 +145,8 @@ pub fn sign(
     extensions.extend(request.alternative_names.as_ref().map(|names| extension(17, false, names)));
 
     let algorithm = element(SEQUENCE, &ECDSA_SHA256);
-    let until = (now + lifetime).min(authority.not_after());
-    let from = (now - BACKDATE).max(authority.not_before());
+    let until = until.min(authority.not_after());
+    let from = from.max(authority.not_before());
     let to_be_signed = sequence(&[
         &element(0xa0, &element(INTEGER, &[2])),
         &element(INTEGER, &serial),

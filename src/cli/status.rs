@@ -1,0 +1,101 @@
+//! `coracle status`: one screen about this machine and its cluster.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::Args;
+use http::Method;
+
+use super::certificate;
+use super::client::{Client, Instance, Output, age, print_table};
+use crate::server::admin::PREFIX;
+use crate::server::admin::status::{MemberHealth, StatusView};
+use crate::server::admin_kubeconfig;
+use crate::server::lock::DataDirLock;
+
+/// `coracle status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Which instance.
+    #[command(flatten)]
+    pub instance: Instance,
+    /// How to print it
+    #[arg(long, short, value_enum, default_value = "table")]
+    pub output: Output,
+}
+
+/// Runs the command; fails when something is wrong.
+pub fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
+    let data_dir = &args.instance.data_dir;
+    if !admin_kubeconfig(data_dir).exists() && data_dir.join("agent/servers.json").exists() {
+        return Ok(of_agent(data_dir));
+    }
+    let client = Client::open(&args.instance)?;
+    if DataDirLock::holder(data_dir).is_none() {
+        bail!("no server is running in {}; start it first", data_dir.display());
+    }
+    let status: StatusView = client.call(Method::GET, &format!("{PREFIX}status"), &())?;
+    match args.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Output::Table => print(&status),
+    }
+    Ok(if status.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(status: &StatusView) {
+    println!("Server   {} ({}), Coracle {}", status.name, status.address, status.version);
+    println!("Role     {}, the leader is {}", status.role, status.leader.as_deref().unwrap_or("not known"));
+    let sync = status.disk.sync_microseconds.map_or_else(
+        || "cannot be written".to_owned(),
+        |took| format!("a durable write takes {}.{} ms", took / 1000, took % 1000 / 100),
+    );
+    println!("Disk     {} of {} MiB free, {sync}", status.disk.free >> 20, status.disk.size >> 20);
+    println!("Clock    {}", status.clock);
+    let next = status.certificates.iter().min_by_key(|certificate| certificate.seconds_left);
+    if let Some(next) = next {
+        println!("Certs    the next to end is {:?}, in {}", next.name, age(next.seconds_left));
+    }
+    println!();
+    let row = |m: &MemberHealth| {
+        let role = match (m.member.leader, m.member.learner) {
+            (true, _) => "leader",
+            (false, true) => "learner",
+            (false, false) => "follower",
+        };
+        let lag = m.member.lag.map_or_else(|| "-".to_owned(), |lag| lag.to_string());
+        let clock = m.clock_ahead.map_or_else(|| "-".to_owned(), |ahead| format!("{ahead:+}s"));
+        [m.member.name.clone(), m.member.address.clone(), role.to_owned(), lag, clock, m.health.clone()]
+    };
+    let rows: Vec<_> = status.members.iter().map(row).collect();
+    print_table(["SERVER", "ADDRESS", "ROLE", "LAG", "CLOCK", "HEALTH"], &rows);
+    println!();
+    if status.problems.is_empty() {
+        println!("Nothing is wrong.");
+    }
+    for problem in &status.problems {
+        println!("WRONG    {}", problem.what);
+        println!("  do     {}", problem.remedy);
+    }
+}
+
+/// What can be said on a machine that runs an agent only.
+fn of_agent(data_dir: &Path) -> ExitCode {
+    let text = std::fs::read(data_dir.join("agent/servers.json")).unwrap_or_default();
+    let known: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    let servers: Vec<_> = known["servers"].as_array().into_iter().flatten().filter_map(|s| s.as_str()).collect();
+    println!("Agent    {}", data_dir.display());
+    println!("Servers  {}", if servers.is_empty() { "none known".to_owned() } else { servers.join(", ") });
+    let Some(node) = certificate::of_agent(data_dir) else {
+        println!("WRONG    this machine has no certificate");
+        println!("  do     start the agent with --server and --token");
+        return ExitCode::FAILURE;
+    };
+    println!("Certs    the node's certificate ends in {} ({})", age(node.seconds_left), node.state);
+    if node.state == "expired" {
+        println!("WRONG    the node's certificate has ended");
+        println!("  do     start the agent with --token to have it admitted again");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
