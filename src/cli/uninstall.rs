@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::args::{DATA_DIR, KUBECONFIG, UninstallArgs};
 use super::kubectl;
 use crate::server::lock::DataDirLock;
+use crate::server::{admin_kubeconfig, user_kubeconfig_link};
 
 const UNITS: &str = "/etc/systemd/system";
 const BINARY: &str = "/usr/local/bin/coracle";
@@ -46,6 +47,9 @@ pub fn run(args: UninstallArgs) -> anyhow::Result<ExitCode> {
     if let Err(error) = unmount_below(&data_dir) {
         errors.push(error);
     }
+    if let Some(kubeconfig) = own_kubeconfig(&data_dir) {
+        remove(&kubeconfig, &mut errors);
+    }
     remove(&data_dir, &mut errors);
     if whole {
         for path in [Path::new(KUBECONFIG).parent().unwrap_or(Path::new("/etc/coracle")), Path::new(BINARY)] {
@@ -62,6 +66,17 @@ pub fn run(args: UninstallArgs) -> anyhow::Result<ExitCode> {
         eprintln!("coracle: {error}");
     }
     Ok(ExitCode::FAILURE)
+}
+
+/// The kubeconfig that the server wrote for its user, unless another cluster has written there since.
+fn own_kubeconfig(data_dir: &Path) -> Option<PathBuf> {
+    let path = std::fs::read_link(user_kubeconfig_link(data_dir)).ok()?;
+    let authority = |path: &Path| {
+        let text = std::fs::read_to_string(path).ok()?;
+        text.lines().map(str::trim).find(|line| line.starts_with("certificate-authority-data:")).map(str::to_owned)
+    };
+    let ours = authority(&admin_kubeconfig(data_dir))?;
+    (authority(&path)? == ours).then_some(path)
 }
 
 /// The units that install.sh made for the installed binary: `coracle`, `coracle-agent` or another name.

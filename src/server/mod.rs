@@ -82,7 +82,7 @@ use crate::auth::{Identity, Security};
 use crate::controllers;
 use crate::strategy::service::allocation::ServiceNetwork;
 
-pub use self::settings::{Settings, admin_kubeconfig};
+pub use self::settings::{Settings, admin_kubeconfig, user_kubeconfig_link};
 
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -406,6 +406,7 @@ impl Running {
         security
             .write_admin_kubeconfig(path, settings.kubeconfig_mode, &settings.local_url())
             .with_context(|| format!("--write-kubeconfig {:?}", path.display()))?;
+        settings::remember_kubeconfig(&settings)?;
         let controllers = controllers::spawn_all(controllers::Context {
             client_for: identities::client_for(&api),
             leadership: leadership.clone(),

@@ -9,10 +9,13 @@ use anyhow::Context;
 use coracle_agent::servers::resolve::Resolver;
 use coracle_agent::servers::{Dialer, NodeIdentity, ServerList, Servers};
 use coracle_agent::{Access, AgentConfig};
+use http::{Method, Request};
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::Settings;
+use super::bootstrap::get;
 use crate::apiserver::ApiServer;
 use crate::auth::pki::{ClusterKeys, LeafRequest, Usage};
 use crate::auth::{Identity, Security};
@@ -21,6 +24,11 @@ use crate::auth::{Identity, Security};
 const RENEW: Duration = Duration::from_secs(60 * 24 * 3600);
 /// How often its age is looked at; jumps of the clock make one long sleep unreliable.
 const CHECK: Duration = Duration::from_secs(6 * 3600);
+
+/// Tells nodes with a server from others; a node may not say so itself (NodeRestriction).
+const ROLE: &str = "node-role.kubernetes.io/control-plane";
+/// How often the label is looked at until it is there, and from then on: a node may be registered anew.
+const LABEL: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 
 /// Starts the agent. `own` is the advertised `host:port`.
 pub fn start(
@@ -53,6 +61,8 @@ pub fn start(
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no tunnels to other servers"))
         .ok();
     let access = Access { client, link: Some(listener), servers };
+    let labels = label_role(crate::apiserver::client(api, Identity::apiserver()), settings.node_name.clone());
+    tokio::spawn(shutdown.clone().run_until_cancelled_owned(labels));
     let shutdown = shutdown.clone();
     tokio::spawn(async move {
         let _registration = registration;
@@ -61,6 +71,38 @@ pub fn start(
             tracing::error!(error = format!("{error:#}"), "the agent cannot run; the server goes on without a node");
         }
     })
+}
+
+/// Keeps the role's label on the node.
+async fn label_role(client: kube::Client, node: String) {
+    loop {
+        let pause = match label_once(&client, &node).await {
+            Ok(true) => LABEL.1,
+            Ok(false) => LABEL.0,
+            Err(error) => {
+                tracing::debug!(error = format!("{error:#}"), "the node is not labelled yet");
+                LABEL.0
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Whether the node exists and bears the label.
+async fn label_once(client: &kube::Client, node: &str) -> anyhow::Result<bool> {
+    let path = format!("/api/v1/nodes/{node}");
+    let Some(object) = get(client, &path).await? else { return Ok(false) };
+    if object["metadata"]["labels"].get(ROLE).is_some() {
+        return Ok(true);
+    }
+    let patch = json!({ "metadata": { "labels": { ROLE: "true" } } });
+    let request = Request::builder()
+        .method(Method::PATCH)
+        .uri(path)
+        .header(http::header::CONTENT_TYPE, "application/merge-patch+json")
+        .body(serde_json::to_vec(&patch)?)?;
+    client.request::<Value>(request).await?;
+    Ok(true)
 }
 
 /// The way to the other servers, under the node's identity.

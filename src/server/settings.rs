@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
 
@@ -107,4 +108,20 @@ pub fn db(data_dir: &Path) -> PathBuf {
 /// Where the command line finds the administrator's credential of an instance.
 pub fn admin_kubeconfig(data_dir: &Path) -> PathBuf {
     data_dir.join("server/admin.kubeconfig")
+}
+
+/// A symbolic link to the kubeconfig that was written for the user, so that uninstalling finds it.
+pub fn user_kubeconfig_link(data_dir: &Path) -> PathBuf {
+    data_dir.join("server/user.kubeconfig")
+}
+
+/// Points [`user_kubeconfig_link`] at the kubeconfig of these settings.
+pub(super) fn remember_kubeconfig(settings: &Settings) -> anyhow::Result<()> {
+    let link = user_kubeconfig_link(&settings.data_dir);
+    let target = std::path::absolute(&settings.kubeconfig)?;
+    if std::fs::read_link(&link).is_ok_and(|known| known == target) {
+        return Ok(());
+    }
+    let _ = std::fs::remove_file(&link);
+    std::os::unix::fs::symlink(&target, &link).with_context(|| format!("write {}", link.display()))
 }

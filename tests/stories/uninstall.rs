@@ -10,10 +10,12 @@ use crate::web;
 fn uninstall_leaves_no_trace() {
     let mut server = Server::start(&[]);
     web::deploy(&server);
-    let dir = server.data_dir();
+    let (dir, kubeconfig) = (server.data_dir(), server.kubeconfig());
+    assert!(kubeconfig.exists());
     let output = server.uninstall();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!dir.exists());
+    assert!(!kubeconfig.exists());
     assert_eq!(server.host.leftovers(), "");
     let text = dir.to_string_lossy().into_owned();
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
