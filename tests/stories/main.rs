@@ -6,6 +6,7 @@
 mod harness;
 
 mod bad_input;
+mod cluster;
 mod healing;
 mod install;
 mod kubectl;
