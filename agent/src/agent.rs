@@ -22,8 +22,8 @@ use crate::kubelet::server::NodeService;
 use crate::kubelet::static_pods::StaticPods;
 use crate::kubelet::{addresses, worker};
 use crate::net::{Network, NetworkConfig, Parts, PodNetwork};
-use crate::servers::Servers;
 use crate::runtime::{Embedded, PodSandboxFilter, Runtime, RuntimeOptions};
+use crate::servers::Servers;
 use crate::volume::VolumeHost;
 use crate::{AgentConfig, NodeLinkListener};
 
@@ -70,11 +70,7 @@ pub struct Access {
 ///
 /// # Errors
 /// Only what cannot heal by itself: an unusable data directory or a kernel without what containers need.
-pub async fn run(
-    mut config: AgentConfig,
-    access: Access,
-    shutdown: CancellationToken,
-) -> Result<(), AgentError> {
+pub async fn run(mut config: AgentConfig, access: Access, shutdown: CancellationToken) -> Result<(), AgentError> {
     let Access { client, link, servers } = access;
     let agent_dir = config.agent_dir();
     for folder in ["pods", "images", "pod-manifests"] {

@@ -13,8 +13,7 @@ const SHARED_BY: usize = 8;
 pub fn keep_small() {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let arenas = libc::c_int::try_from(processors.div_ceil(SHARED_BY)).unwrap_or(1);
-    for (setting, value) in
-        [(libc::M_ARENA_MAX, arenas), (libc::M_TRIM_THRESHOLD, TRIM), (libc::M_MMAP_THRESHOLD, MAP)]
+    for (setting, value) in [(libc::M_ARENA_MAX, arenas), (libc::M_TRIM_THRESHOLD, TRIM), (libc::M_MMAP_THRESHOLD, MAP)]
     {
         // SAFETY: mallopt only stores the numbers; no other thread runs yet. A setting that is refused leaves the default.
         unsafe { libc::mallopt(setting, value) };

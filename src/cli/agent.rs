@@ -141,7 +141,9 @@ mod tests {
         ] {
             assert_eq!(server_address(url).as_deref(), Ok(address), "{url}");
         }
-        for url in ["http://a:1", "a:1", "https://", "https://a:0", "https://a/path", "https://u@a:1", "https://fd00::1"] {
+        for url in
+            ["http://a:1", "a:1", "https://", "https://a:0", "https://a/path", "https://u@a:1", "https://fd00::1"]
+        {
             assert!(server_address(url).is_err(), "{url}");
         }
     }

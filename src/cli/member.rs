@@ -50,7 +50,10 @@ pub fn run(args: MemberArgs) -> anyhow::Result<ExitCode> {
         MemberCommand::Remove { member } => {
             let path = format!("{PREFIX}members/{member}");
             let left: Vec<MemberView> = client.call(Method::DELETE, &path, &())?;
-            println!("removed {member}; {} servers are left. If its node is gone too: kubectl delete node {member}", left.len());
+            println!(
+                "removed {member}; {} servers are left. If its node is gone too: kubectl delete node {member}",
+                left.len()
+            );
         }
     }
     Ok(ExitCode::SUCCESS)

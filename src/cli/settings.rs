@@ -23,7 +23,12 @@ pub(super) struct Faults(pub(super) Vec<String>);
 
 impl Faults {
     /// What was parsed; a failure is noted.
-    pub(super) fn check<T, E: std::fmt::Display>(&mut self, flag: &str, value: &str, parsed: Result<T, E>) -> Option<T> {
+    pub(super) fn check<T, E: std::fmt::Display>(
+        &mut self,
+        flag: &str,
+        value: &str,
+        parsed: Result<T, E>,
+    ) -> Option<T> {
         parsed.map_err(|e| self.0.push(format!("--{flag} {value:?}: {e}"))).ok()
     }
 }
@@ -72,7 +77,8 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     });
     let cron = args.snapshot_schedule_cron.trim();
     let parsed = (!cron.is_empty()).then(|| Schedule::parse(cron, jiff::tz::TimeZone::UTC));
-    let schedule = parsed.and_then(|parsed| faults.check("snapshot-schedule-cron", cron, parsed)).map(|_| cron.to_owned());
+    let schedule =
+        parsed.and_then(|parsed| faults.check("snapshot-schedule-cron", cron, parsed)).map(|_| cron.to_owned());
     if args.https_listen_port == 0 {
         faults.0.push("--https-listen-port 0: expected a port from 1 to 65535".to_owned());
     }

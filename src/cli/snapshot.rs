@@ -125,7 +125,10 @@ fn restore(instance: &Instance, file: &std::path::Path, cluster_key: Option<Path
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(reset::restore(data_dir, &file))?;
     drop(lock);
-    println!("The state of {} is restored. Start the server as usual; the other servers follow by themselves.", file.display());
+    println!(
+        "The state of {} is restored. Start the server as usual; the other servers follow by themselves.",
+        file.display()
+    );
     Ok(())
 }
 

@@ -72,7 +72,9 @@ pub enum TokenCommand {
 pub fn run(args: TokenArgs) -> anyhow::Result<ExitCode> {
     let client = Client::open(&args.instance)?;
     match args.command {
-        TokenCommand::Create { ttl, description, usages, groups } => create(&client, ttl, &description, &usages, &groups)?,
+        TokenCommand::Create { ttl, description, usages, groups } => {
+            create(&client, ttl, &description, &usages, &groups)?
+        }
         TokenCommand::List { output } => list(&client, output)?,
         TokenCommand::Delete { tokens } => {
             for token in tokens {
@@ -149,7 +151,8 @@ fn create(
         bail!("--groups {odd:?}: expected a name that begins with system:bootstrappers:");
     }
     let (id, secret) = (random(6), random(16));
-    let expiration = (!ttl.is_zero()).then(|| Timestamp::from_second(Timestamp::now().as_second() + ttl.as_secs() as i64));
+    let expiration =
+        (!ttl.is_zero()).then(|| Timestamp::from_second(Timestamp::now().as_second() + ttl.as_secs() as i64));
     let expiration = expiration.transpose()?.map(|at| at.to_string());
     let object = secret_object(&id, &secret, expiration.as_deref(), description, usages, groups);
     let _: Value = client.call(Method::POST, SECRETS, &object)?;
@@ -211,7 +214,8 @@ fn describe(secret: &Value, now: Timestamp) -> Value {
         Err(_) if expires.is_empty() => "for ever".to_owned(),
         Err(_) => "expired".to_owned(),
     };
-    let usages: Vec<_> = USAGES.into_iter().filter(|usage| text(&format!("usage-bootstrap-{usage}")) == "true").collect();
+    let usages: Vec<_> =
+        USAGES.into_iter().filter(|usage| text(&format!("usage-bootstrap-{usage}")) == "true").collect();
     json!({
         "id": text("token-id"), "ttl": ttl, "expires": expires, "usages": usages.join(","),
         "description": text("description"),
@@ -225,7 +229,10 @@ mod tests {
     #[test]
     fn times_have_units() {
         let seconds = |text: &str| duration(text).map(|d| d.as_secs());
-        assert_eq!([seconds("90"), seconds("1h30m"), seconds("7d"), seconds("0")], [Ok(90), Ok(5400), Ok(604_800), Ok(0)]);
+        assert_eq!(
+            [seconds("90"), seconds("1h30m"), seconds("7d"), seconds("0")],
+            [Ok(90), Ok(5400), Ok(604_800), Ok(0)]
+        );
         for bad in ["", "h", "1w", "-1h", "99999999999999999999d"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
@@ -233,7 +240,8 @@ mod tests {
 
     #[test]
     fn a_token_is_listed_without_its_secret() {
-        let object = secret_object("abcdef", "s3cret", Some("2026-01-01T01:00:00Z"), "for you", &["authentication".into()], &[]);
+        let object =
+            secret_object("abcdef", "s3cret", Some("2026-01-01T01:00:00Z"), "for you", &["authentication".into()], &[]);
         let mut stored = object.clone();
         for (key, value) in object["stringData"].as_object().unwrap() {
             stored["data"][key] = STANDARD.encode(value.as_str().unwrap()).into();

@@ -145,7 +145,9 @@ fn unchanged(error: MembershipError) -> Status {
         MembershipError::LastMember | MembershipError::WouldLoseQuorum { .. } => {
             Status::new(StatusCode::CONFLICT, "Conflict", text)
         }
-        MembershipError::NoLeader | MembershipError::TimedOut | MembershipError::Stopped(_) => Status::unavailable(text),
+        MembershipError::NoLeader | MembershipError::TimedOut | MembershipError::Stopped(_) => {
+            Status::unavailable(text)
+        }
     }
 }
 

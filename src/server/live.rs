@@ -239,7 +239,8 @@ mod tests {
 
     #[test]
     fn servers_with_one_port_are_one_slice_as_upstream_has_it() {
-        let (endpoints, slices) = desired(&set(&["10.0.0.2:6443", "10.0.0.1:6443"]), Some("10.0.0.2:6443".parse().unwrap()));
+        let (endpoints, slices) =
+            desired(&set(&["10.0.0.2:6443", "10.0.0.1:6443"]), Some("10.0.0.2:6443".parse().unwrap()));
         assert_eq!(endpoints["subsets"][0]["addresses"], json!([{ "ip": "10.0.0.1" }, { "ip": "10.0.0.2" }]));
         assert_eq!(slices.len(), 1);
         assert_eq!(slices[0]["metadata"]["name"], "kubernetes");
@@ -248,8 +249,10 @@ mod tests {
 
     #[test]
     fn other_ports_and_families_get_slices_of_their_own() {
-        let (endpoints, slices) =
-            desired(&set(&["10.0.0.1:6443", "10.0.0.2:7443", "[fd00::1]:6443"]), Some("10.0.0.2:7443".parse().unwrap()));
+        let (endpoints, slices) = desired(
+            &set(&["10.0.0.1:6443", "10.0.0.2:7443", "[fd00::1]:6443"]),
+            Some("10.0.0.2:7443".parse().unwrap()),
+        );
         let names: Vec<_> = slices.iter().map(|s| s["metadata"]["name"].as_str().unwrap()).collect();
         assert_eq!(names, ["kubernetes-ipv4-6443", "kubernetes", "kubernetes-ipv6-6443"]);
         assert_eq!(endpoints["subsets"].as_array().unwrap().len(), 2, "of the family of the leader");

@@ -84,7 +84,9 @@ async fn begin(
     let token = match &settings.server {
         Some(_) => Some(enter::server_token(settings.token.as_deref())?),
         None if settings.token.is_some() => {
-            bail!("--token without --server: a new cluster makes its own tokens, in DATA/server/token and DATA/server/agent-token")
+            bail!(
+                "--token without --server: a new cluster makes its own tokens, in DATA/server/token and DATA/server/agent-token"
+            )
         }
         None => None,
     };

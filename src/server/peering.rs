@@ -102,7 +102,12 @@ fn state(cluster: &Cluster) -> State {
 
 /// Keeps this server known to the others until `shutdown`: announces where it is while the membership has it elsewhere or
 /// nowhere, and remembers who they are.
-pub async fn stay_known(cluster: Cluster, data_dir: PathBuf, server: Option<(Resolver, String)>, shutdown: CancellationToken) {
+pub async fn stay_known(
+    cluster: Cluster,
+    data_dir: PathBuf,
+    server: Option<(Resolver, String)>,
+    shutdown: CancellationToken,
+) {
     let work = async {
         let mut retry = Backoff::new(RETRY.0, RETRY.1);
         tokio::time::sleep(PATIENCE).await;

@@ -178,7 +178,9 @@ fn act_on(standing: Standing, again: &CancellationToken) -> bool {
             false
         }
         Standing::Superseded => {
-            tracing::warn!("the cluster was restored or reset without this server, which now begins anew as its member");
+            tracing::warn!(
+                "the cluster was restored or reset without this server, which now begins anew as its member"
+            );
             again.cancel();
             true
         }

@@ -60,7 +60,8 @@ impl FreshKey {
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
         params.distinguished_name.push(DnType::CommonName, format!("system:node:{node_name}"));
-        let csr = params.serialize_request(&key).and_then(|request| request.pem()).map_err(CredentialsError::Request)?;
+        let csr =
+            params.serialize_request(&key).and_then(|request| request.pem()).map_err(CredentialsError::Request)?;
         Ok(FreshKey { key, csr })
     }
 }

@@ -61,11 +61,7 @@ pub struct Introduced {
 ///
 /// # Errors
 /// See [`IntroductionError`].
-pub async fn introduce(
-    resolver: &Resolver,
-    address: &str,
-    ca_hash: [u8; 32],
-) -> Result<Introduced, IntroductionError> {
+pub async fn introduce(resolver: &Resolver, address: &str, ca_hash: [u8; 32]) -> Result<Introduced, IntroductionError> {
     let verifier = Arc::new(ByHash {
         hash: ca_hash,
         provider: Arc::new(rustls::crypto::ring::default_provider()),
@@ -78,7 +74,8 @@ pub async fn introduce(
         .with_custom_certificate_verifier(verifier.clone())
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    let name = ServerName::try_from(SERVER_NAME).map_err(|_| IntroductionError::Tls(rustls::Error::HandshakeNotComplete))?;
+    let name =
+        ServerName::try_from(SERVER_NAME).map_err(|_| IntroductionError::Tls(rustls::Error::HandshakeNotComplete))?;
     let mut stream = Err(std::io::ErrorKind::AddrNotAvailable.into());
     for ip in resolver.resolve(address).await? {
         stream = TcpStream::connect(ip).await;
@@ -136,8 +133,7 @@ impl ServerCertVerifier for ByHash {
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
             .build()
             .map_err(|error| rustls::Error::General(error.to_string()))?;
-        let verified =
-            verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
+        let verified = verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
         self.root.get_or_init(|| root.clone().into_owned());
         Ok(verified)
     }

@@ -37,7 +37,9 @@ pub enum BadToken {
     #[error("the token is empty; a server prints its tokens into DATA/server/token and DATA/server/agent-token")]
     Empty,
     /// No hash in front.
-    #[error("the token has no CA hash in front, without which a server cannot be told from an impostor; expected {FORM}")]
+    #[error(
+        "the token has no CA hash in front, without which a server cannot be told from an impostor; expected {FORM}"
+    )]
     NoHash,
     /// Something else.
     #[error("the token is malformed; expected {FORM}")]

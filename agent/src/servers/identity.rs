@@ -28,11 +28,7 @@ impl NodeIdentity {
     ///
     /// # Errors
     /// The key is of no known kind.
-    pub fn set(
-        &self,
-        chain: Vec<CertificateDer<'static>>,
-        key: &PrivateKeyDer<'static>,
-    ) -> Result<(), rustls::Error> {
+    pub fn set(&self, chain: Vec<CertificateDer<'static>>, key: &PrivateKeyDer<'static>) -> Result<(), rustls::Error> {
         let key = crypto::ring::sign::any_supported_type(key)?;
         *self.current.write() = Some(Arc::new(CertifiedKey::new(chain, key)));
         self.version.send_modify(|version| *version += 1);

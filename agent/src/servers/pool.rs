@@ -29,8 +29,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{Servers, explain};
 use super::channel::{Channel, ChannelError};
+use super::{Servers, explain};
 use crate::kubelet::backoff::Jitter;
 
 /// A request with this extension waits for a server however long that takes.

@@ -12,8 +12,8 @@
 
 pub mod binding;
 pub mod connect;
-pub mod log_socket;
 pub mod eviction;
+pub mod log_socket;
 pub mod proxy;
 pub mod scale;
 

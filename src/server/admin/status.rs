@@ -117,7 +117,8 @@ pub async fn look(admin: &Admin) -> StatusView {
     let certificates = certificates::list(admin);
     let mut problems = of_members(&members, role);
     problems.extend(of_disk(&disk));
-    problems.extend(clock_problem.iter().map(|why| problem(why.clone(), "set the clock (timedatectl, or an NTP client)")));
+    problems
+        .extend(clock_problem.iter().map(|why| problem(why.clone(), "set the clock (timedatectl, or an NTP client)")));
     problems.extend(certificates.iter().filter(|c| c.state != "ok").map(of_certificate));
     StatusView {
         name: cluster.name.clone(),
@@ -220,7 +221,8 @@ fn of_members(members: &[MemberHealth], role: &str) -> Vec<Problem> {
             problems.push(problem(what, "set both clocks by NTP"));
         }
         if let Some(lag) = m.member.lag.filter(|lag| *lag > FAR_BEHIND) {
-            problems.push(problem(format!("server {name} lacks {lag} entries of the log"), "wait, or look at its disk"));
+            problems
+                .push(problem(format!("server {name} lacks {lag} entries of the log"), "wait, or look at its disk"));
         }
     }
     if voters == 2 {
@@ -282,7 +284,10 @@ mod tests {
         ill[0].member.leader = false;
         ill[1].health = "unreachable: x".into();
         let text = format!("{:?}", of_members(&ill, "follower"));
-        assert!(text.contains("1 of 3 servers are reached, 2 are needed") && text.contains("--cluster-reset"), "{text}");
+        assert!(
+            text.contains("1 of 3 servers are reached, 2 are needed") && text.contains("--cluster-reset"),
+            "{text}"
+        );
     }
 
     #[test]

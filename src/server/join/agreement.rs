@@ -39,16 +39,14 @@ impl Agreement {
         let pairs = [
             ("cluster-cidr", self.cluster_cidr.clone(), joiner.cluster_cidr.clone()),
             ("service-cidr", self.service_cidr.clone(), joiner.service_cidr.clone()),
-            (
-                "service-node-port-range",
-                self.service_node_port_range.clone(),
-                joiner.service_node_port_range.clone(),
-            ),
+            ("service-node-port-range", self.service_node_port_range.clone(), joiner.service_node_port_range.clone()),
             ("cluster-dns", self.cluster_dns.to_string(), joiner.cluster_dns.to_string()),
             ("cluster-domain", self.cluster_domain.clone(), joiner.cluster_domain.clone()),
         ];
         let differ = pairs.into_iter().filter(|(_, cluster, joiner)| cluster != joiner);
-        differ.map(|(flag, cluster, joiner)| format!("--{flag}: the cluster has {cluster}, this server {joiner}")).collect()
+        differ
+            .map(|(flag, cluster, joiner)| format!("--{flag}: the cluster has {cluster}, this server {joiner}"))
+            .collect()
     }
 }
 
@@ -66,11 +64,8 @@ mod tests {
             cluster_domain: "cluster.local".into(),
         };
         assert!(cluster.differences(&cluster).is_empty());
-        let joiner = Agreement {
-            cluster_cidr: "10.50.0.0/16".into(),
-            cluster_domain: "example.org".into(),
-            ..cluster.clone()
-        };
+        let joiner =
+            Agreement { cluster_cidr: "10.50.0.0/16".into(), cluster_domain: "example.org".into(), ..cluster.clone() };
         assert_eq!(
             cluster.differences(&joiner),
             [

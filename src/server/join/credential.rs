@@ -86,7 +86,8 @@ impl Grade {
             Grade::Agent => "this is an agent token, which lets in agents only",
             Grade::Bootstrap => "this is a bootstrap token, which lets in agents only",
         };
-        let why = format!("{kind}: a server joins with the server token (DATA/server/token on a server of the cluster)");
+        let why =
+            format!("{kind}: a server joins with the server token (DATA/server/token on a server of the cluster)");
         Err(Status::new(StatusCode::FORBIDDEN, "Forbidden", why))
     }
 }

@@ -96,7 +96,8 @@ impl Door {
         if let Some(seconds) = self.limiter.wait(address.ip(), Instant::now()) {
             return Err(Status::too_many_requests("too many wrong tokens from this address", seconds));
         }
-        let _turn = self.turns.try_acquire().map_err(|_| Status::too_many_requests("too many machines join at once", 1))?;
+        let _turn =
+            self.turns.try_acquire().map_err(|_| Status::too_many_requests("too many machines join at once", 1))?;
         let grade = self.grade(&parts.headers);
         if grade.as_ref().is_err_and(|status| status.code() == 401) {
             self.limiter.failed(address.ip(), Instant::now());

@@ -23,14 +23,14 @@ fn addresses_are_known(cluster: &Cluster) {
 fn one_and_then_all_servers_change_their_address() {
     let mut cluster = Cluster::of(3, 1, &["--disable-agent"]);
     let load = Load::start(&cluster, 4, &cluster.clients());
-    load.wait_for_writes(20, 60);
+    load.wait_for_writes(20, 120);
     cluster.hosts[1].stop();
     cluster.readdress(1, moved(1));
     cluster.start(1);
     load.servers_are_at(cluster.servers().into_iter().map(|s| cluster.hosts[s].api()).collect());
     cluster.wait_ready(1);
     addresses_are_known(&cluster);
-    load.wait_for_writes(20, 60);
+    load.wait_for_writes(20, 120);
 
     for server in cluster.servers() {
         cluster.hosts[server].stop();
@@ -52,6 +52,6 @@ fn one_and_then_all_servers_change_their_address() {
         cluster.wait_ready(server);
     }
     addresses_are_known(&cluster);
-    load.wait_for_writes(20, 60);
+    load.wait_for_writes(20, 120);
     load.finish(&cluster);
 }

@@ -17,6 +17,9 @@ use super::switch::{Port, Switch, Weather, inside};
 use crate::assert_eventually;
 use crate::harness::{binary, ip, run};
 
+/// How long a server may take until it is ready, on a machine that is busy with other stories.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// What a host runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
@@ -176,7 +179,8 @@ impl Cluster {
             Role::Agent => 'a',
             Role::Client => 'c',
         };
-        let name = format!("{letter}{}", self.of_role(role).count() + 1);
+        let same = self.hosts.iter().filter(|h| h.name.starts_with(letter)).count();
+        let name = format!("{letter}{}", same + 1);
         let dir = self.dir.path().join(&name);
         std::fs::create_dir(&dir).unwrap();
         ip(&format!("netns add {namespace}"));
@@ -252,7 +256,7 @@ impl Cluster {
             let ready = self.hosts[host].kubeconfig().exists().then(|| self.get(host, "/readyz"));
             match ready {
                 Some(Ok((200, _))) => return,
-                last if begin.elapsed() > Duration::from_secs(120) => {
+                last if begin.elapsed() > PATIENCE => {
                     panic!("{} is not ready after {:?}: {last:?}", self.hosts[host].name, begin.elapsed())
                 }
                 _ => std::thread::sleep(Duration::from_millis(100)),

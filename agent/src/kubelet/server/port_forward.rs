@@ -49,7 +49,8 @@ pub async fn answer(
     let sandbox = sandbox(&context, pod).await?;
     let name = format!("{}_{}", containers::name(pod), containers::namespace(pod));
     let target = Target { runtime: context.runtime.clone(), sandbox, name, uid: containers::uid(pod).to_owned() };
-    let says_spdy = request.headers().get(header::UPGRADE).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(SPDY.as_bytes()));
+    let says_spdy =
+        request.headers().get(header::UPGRADE).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(SPDY.as_bytes()));
     if says_spdy {
         return streams(request, target);
     }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::message::{ACK, Batch, CREATE, EXCL, attribute, text, u32_at};
 use super::route::{
-    IFLA_ADDRESS, IFLA_IFALIAS, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, IFF_UP, Mac,
+    IFF_UP, IFLA_ADDRESS, IFLA_IFALIAS, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, Mac,
     RTM_GETLINK, RTM_NEWLINK, ip, link_header, octets,
 };
 use super::{NetlinkError, Socket};

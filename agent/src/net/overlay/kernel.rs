@@ -85,12 +85,7 @@ impl Kernel {
     }
 
     /// Brings one link into being, as it should be, or out of it. Its index when it is there.
-    fn link(
-        &mut self,
-        name: &str,
-        wanted: Option<&Link>,
-        outcome: &mut Outcome,
-    ) -> Result<Option<u32>, NetlinkError> {
+    fn link(&mut self, name: &str, wanted: Option<&Link>, outcome: &mut Outcome) -> Result<Option<u32>, NetlinkError> {
         let mut found = self.socket.vxlan(name)?;
         if found.as_ref().is_some_and(|found| wanted.is_none_or(|wanted| !is_usable(&found.vxlan, &wanted.vxlan))) {
             let mut batch = Batch::new();
@@ -178,12 +173,7 @@ impl Kernel {
         Ok(())
     }
 
-    fn change(
-        &mut self,
-        batch: &mut Batch,
-        remedy: &'static str,
-        outcome: &mut Outcome,
-    ) -> Result<(), NetlinkError> {
+    fn change(&mut self, batch: &mut Batch, remedy: &'static str, outcome: &mut Outcome) -> Result<(), NetlinkError> {
         let refused = self.socket.transact(batch)?;
         outcome.changes += batch.len() - refused.len();
         outcome.refusals.extend(

@@ -176,7 +176,12 @@ impl Worker {
         let refusals = match self.try_sync() {
             Ok((desired, outcome)) => {
                 if outcome.changes > 0 {
-                    tracing::info!(nodes = self.nodes.len(), ways = desired.ways.len(), changes = outcome.changes, "routes to pods of other nodes follow the nodes");
+                    tracing::info!(
+                        nodes = self.nodes.len(),
+                        ways = desired.ways.len(),
+                        changes = outcome.changes,
+                        "routes to pods of other nodes follow the nodes"
+                    );
                 }
                 let unreachable = desired.unreachable.into_iter().map(|(node, range, why)| Refusal {
                     what: format!("no way to {range} of node {node}: {why}"),

@@ -160,7 +160,8 @@ fn own_links(own: &Own, ranges: &[IpNet]) -> BTreeMap<Underlay, Link> {
 }
 
 fn through_link(out: &mut Desired, own: &Own, peer: &Node, range: IpNet) {
-    let usable = |underlay: &Underlay| out.links.contains_key(underlay) && peer.internal_ip(underlay.is_ipv6()).is_some();
+    let usable =
+        |underlay: &Underlay| out.links.contains_key(underlay) && peer.internal_ip(underlay.is_ipv6()).is_some();
     let Some(underlay) = Underlay::of(range).into_iter().find(usable) else {
         let why = if peer.internal_ips.is_empty() || own.addresses.is_empty() {
             "the node has no InternalIP"
@@ -202,7 +203,8 @@ impl Desired {
 /// Whether a route that the kernel holds is the one that was asked for: the kernel names the device where we did not.
 pub fn is_same(found: &Route, wanted: &Route) -> bool {
     let device = wanted.device == 0 || found.device == wanted.device;
-    device && (found.to, found.via, found.unreachable) == (wanted.to, wanted.via, wanted.unreachable)
+    device
+        && (found.to, found.via, found.unreachable) == (wanted.to, wanted.via, wanted.unreachable)
         && (wanted.source.is_none() || found.source == wanted.source)
 }
 
@@ -294,7 +296,9 @@ mod tests {
     #[test]
     fn only_ranges_within_the_cluster_are_the_overlays() {
         let clusters = [net("10.42.0.0/16")];
-        for (to, ours) in [("10.42.1.0/24", true), ("10.42.1.7/32", false), ("10.43.0.0/16", false), ("0.0.0.0/0", false)] {
+        for (to, ours) in
+            [("10.42.1.0/24", true), ("10.42.1.7/32", false), ("10.43.0.0/16", false), ("0.0.0.0/0", false)]
+        {
             assert_eq!(is_overlay_route(&Route::by(1, net(to)), &clusters), ours, "{to}");
         }
     }

@@ -105,11 +105,8 @@ fn can_vxlan() -> bool {
 fn pods_reach_pods(backend: Backend, instance: &str) {
     let cluster = Cluster::new(instance, backend, 3);
     cluster.tell_all();
-    let pods: Vec<(Space, IpAddr)> = ["a", "b", "c"]
-        .into_iter()
-        .zip(&cluster.hosts)
-        .map(|(name, host)| host.pod(name, Vec::new()))
-        .collect();
+    let pods: Vec<(Space, IpAddr)> =
+        ["a", "b", "c"].into_iter().zip(&cluster.hosts).map(|(name, host)| host.pod(name, Vec::new())).collect();
     for (from, ip) in &pods {
         for (name, (_, to)) in ["a", "b", "c"].into_iter().zip(&pods) {
             assert_eq!(from.ask(&format!("{to}:8080")), said(name, ip), "{backend}: {ip} to {to} keeps its source");

@@ -133,7 +133,8 @@ mod tests {
     }
 
     /// As zlib makes them with the dictionary: the second refers to the first.
-    const FIRST: &str = "78f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45a024cc64610024398b209198094adc8c0600000000ffff";
+    const FIRST: &str =
+        "78f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45a024cc64610024398b209198094adc8c0600000000ffff";
     const SECOND: &str = "c2aa15540a2512d209000000ffff";
 
     #[test]
