@@ -23,7 +23,6 @@ fn with_disks() -> (Cluster, Vec<Disk>, Load) {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn a_disk_may_stall_for_ten_seconds() {
     let (mut cluster, disks, load) = with_disks();
     let leader = cluster.wait_leader();
@@ -55,7 +54,6 @@ fn a_server_whose_disk_fails_stops_and_says_so() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn power_cuts_of_one_and_of_all_lose_nothing() {
     let (mut cluster, disks, load) = with_disks();
     let one = cluster.wait_leader();
