@@ -39,6 +39,7 @@ pub fn check_name(rule: NameRule, name: &str, prefix: bool) -> Vec<String> {
         NameRule::Label => names::dns1123_label(name),
         NameRule::Label1035 => names::dns1035_label(name),
         NameRule::PathSegment => names::path_segment(name, prefix),
+        NameRule::Address => crate::strategy::address::address_faults(name),
     }
 }
 

@@ -21,6 +21,7 @@ use super::resource::{CRON_JOBS, JOBS};
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
 use super::schedule::Schedule;
 use super::template::controller_reference;
+use super::timezone;
 
 /// Timers are set this much late, so that clocks that differ a little do not make them early.
 const SLACK: Duration = Duration::from_millis(100);
@@ -199,7 +200,7 @@ impl CronJobs {
     fn schedule(&self, object: &Object, spec: &CronJobSpec) -> Option<Schedule> {
         let zone = match &spec.time_zone {
             None => TimeZone::UTC,
-            Some(name) => match TimeZone::get(name) {
+            Some(name) => match timezone::load(name) {
                 Ok(zone) => zone,
                 Err(error) => {
                     let message = format!("invalid timeZone: \"{name}\": {error}");

@@ -19,10 +19,12 @@
 //! | [`discovery`] | what the API serves, custom resources included |
 //! | `deployment` + `rollout`, `replicaset` | Deployments, ReplicaSets and ReplicationControllers |
 //! | `statefulset`, `daemonset`, `history` | StatefulSets, DaemonSets and their revisions |
-//! | `job` + `completion`, `cronjob` + `schedule`, `ttl` | Jobs, CronJobs, what remains of them |
+//! | `job` + `completion`, `cronjob` + [`schedule`], [`timezone`], `ttl` | Jobs, CronJobs, what remains of them |
 //! | `backend`, `endpointslice`, `endpoint`, `mirroring` | what is behind Services |
 //! | `serviceaccount`, `namespace`, `quota`, `clusterrole` | what belongs to namespaces and policy |
 //! | `garbage`, `podgc` | owners and dependents, pods nobody finishes |
+//! | `volume` + `binding`, `protection`, `ephemeral` | PersistentVolumes and claims |
+//! | `servicecidr` | ranges of Service addresses |
 //! | `node`, `nodecidr`, `eviction`, `disruption` | nodes and what has to leave them |
 //!
 //! | task | owns | starts | ends |
@@ -45,10 +47,13 @@ pub mod queue;
 pub mod replica;
 pub mod resource;
 pub mod runner;
+pub mod schedule;
 pub mod selector;
 pub mod template;
+pub mod timezone;
 
 mod backend;
+mod binding;
 mod clusterrole;
 mod completion;
 mod cronjob;
@@ -57,6 +62,7 @@ mod deployment;
 mod disruption;
 mod endpoint;
 mod endpointslice;
+mod ephemeral;
 mod eviction;
 mod garbage;
 mod history;
@@ -66,13 +72,15 @@ mod namespace;
 mod node;
 mod nodecidr;
 mod podgc;
+mod protection;
 mod quota;
 mod replicaset;
 mod rollout;
-pub(crate) mod schedule;
 mod serviceaccount;
+mod servicecidr;
 mod statefulset;
 mod ttl;
+mod volume;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -207,6 +215,10 @@ fn begin_term(context: &Context) -> Term {
     disruption::start(&term);
     ttl::start(&term);
     clusterrole::start(&term);
+    volume::start(&term);
+    protection::start(&term);
+    ephemeral::start(&term);
+    servicecidr::start(&term);
     term
 }
 

@@ -105,6 +105,9 @@ resources! {
     LEASES = namespaced k8s_openapi::api::coordination::v1::Lease;
     POD_DISRUPTION_BUDGETS = namespaced k8s_openapi::api::policy::v1::PodDisruptionBudget;
     CLUSTER_ROLES = cluster k8s_openapi::api::rbac::v1::ClusterRole;
+    VOLUME_ATTRIBUTES_CLASSES = cluster k8s_openapi::api::storage::v1::VolumeAttributesClass;
+    SERVICE_CIDRS = cluster k8s_openapi::api::networking::v1::ServiceCIDR;
+    IP_ADDRESSES = cluster k8s_openapi::api::networking::v1::IPAddress;
     STORAGE_CLASSES = cluster k8s_openapi::api::storage::v1::StorageClass;
     CUSTOM_RESOURCE_DEFINITIONS = cluster k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
     API_SERVICES = cluster k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;

@@ -10,9 +10,15 @@ pub enum ScheduleError {
     /// Not five fields.
     #[error("expected exactly 5 fields, found {0}: {1}")]
     Fields(usize, String),
-    /// A field is no set of numbers.
-    #[error("failed to parse {0} from field {1}")]
-    Field(&'static str, String),
+    /// A number of a field is none.
+    #[error("failed to parse int from {0}: strconv.Atoi: parsing \"{0}\": invalid syntax")]
+    Number(String),
+    /// A range of a field is none.
+    #[error("{0}: {1}")]
+    Range(String, String),
+    /// The interval of `@every` is no duration.
+    #[error("failed to parse duration {0}")]
+    Duration(String),
     /// An `@` form that does not exist.
     #[error("unrecognized descriptor: {0}")]
     Descriptor(String),
@@ -48,7 +54,7 @@ impl Schedule {
             _ => text,
         };
         if let Some(interval) = expanded.strip_prefix("@every ") {
-            let seconds = seconds(interval).ok_or_else(|| ScheduleError::Descriptor(text.to_owned()))?;
+            let seconds = seconds(interval).ok_or_else(|| ScheduleError::Duration(text.to_owned()))?;
             let all = u64::MAX;
             let every = Some(seconds.max(1));
             return Ok(Schedule {
@@ -67,17 +73,15 @@ impl Schedule {
         }
         let fields: Vec<&str> = expanded.split_whitespace().collect();
         let [minute, hour, day, month, weekday] = fields[..] else {
-            return Err(ScheduleError::Fields(fields.len(), text.to_owned()));
+            return Err(ScheduleError::Fields(fields.len(), format!("[{}]", fields.join(" "))));
         };
         let restricted = |field: &str| !field.starts_with('*') && field != "?";
-        let mut weekdays = set("day of week", weekday, 0, 7, &WEEKDAYS, 0)?;
-        weekdays |= (weekdays >> 7) & 1;
         Ok(Schedule {
-            minutes: set("minute", minute, 0, 59, &[], 0)?,
-            hours: set("hour", hour, 0, 23, &[], 0)?,
-            days: set("day of month", day, 1, 31, &[], 0)?,
-            months: set("month", month, 1, 12, &MONTHS, 1)?,
-            weekdays,
+            minutes: set(minute, 0, 59, &[])?,
+            hours: set(hour, 0, 23, &[])?,
+            days: set(day, 1, 31, &[])?,
+            months: set(month, 1, 12, &MONTHS)?,
+            weekdays: set(weekday, 0, 6, &WEEKDAYS)?,
             either_day: restricted(day) && restricted(weekday),
             every: None,
             zone,
@@ -169,32 +173,48 @@ fn seconds(text: &str) -> Option<i64> {
     (number.is_empty() && total > 0).then_some(total)
 }
 
-/// A field's numbers as bits.
-fn set(name: &'static str, field: &str, low: i8, high: i8, names: &[&str], base: i8) -> Result<u64, ScheduleError> {
-    let wrong = || ScheduleError::Field(name, field.to_owned());
-    let number = |text: &str| {
+/// A field's numbers as bits. `names` stand for the numbers from `low` on.
+fn set(field: &str, low: u8, high: u8, names: &[&str]) -> Result<u64, ScheduleError> {
+    let number = |text: &str| -> Result<u32, ScheduleError> {
         let lower = text.to_ascii_lowercase();
-        let named = names.iter().position(|name| *name == lower).and_then(|index| i8::try_from(index).ok());
-        let value = named.map(|index| index + base).or_else(|| text.parse().ok()).ok_or_else(wrong)?;
-        if (low..=high).contains(&value) { Ok(value) } else { Err(wrong()) }
+        let named = names.iter().position(|name| *name == lower).and_then(|index| u32::try_from(index).ok());
+        let number = named.map(|index| index + u32::from(low)).or_else(|| text.parse().ok());
+        number.ok_or_else(|| ScheduleError::Number(text.to_owned()))
     };
+    let (low, high) = (u32::from(low), u32::from(high));
     let mut bits = 0;
     for part in field.split(',') {
-        let (range, step) = part.split_once('/').map_or((part, None), |(range, step)| (range, Some(step)));
-        let (first, last) = match range {
-            "*" | "?" => (low, if name == "day of week" { 6 } else { high }),
-            _ => match range.split_once('-') {
-                Some((first, last)) => (number(first)?, number(last)?),
-                None if step.is_some() => (number(range)?, high),
-                None => (number(range)?, number(range)?),
-            },
-        };
-        let step: usize = step.map_or(Ok(1), str::parse).map_err(|_| wrong())?;
-        if step == 0 || first > last {
-            return Err(wrong());
+        let wrong = |why: String| ScheduleError::Range(why, part.to_owned());
+        let mut slashes = part.split('/');
+        let (range, step) = (slashes.next().unwrap_or_default(), slashes.next());
+        if slashes.next().is_some() {
+            return Err(wrong("too many slashes".to_owned()));
         }
-        for value in (first..=last).step_by(step) {
+        let ends: Vec<&str> = range.split('-').collect();
+        let (first, last) = match ends[..] {
+            ["*" | "?"] => (low, high),
+            [one] if step.is_some() => (number(one)?, high),
+            [one] => (number(one)?, number(one)?),
+            [first, last] => (number(first)?, number(last)?),
+            _ => return Err(wrong("too many hyphens".to_owned())),
+        };
+        let step = step.map_or(Ok(1), number)?;
+        if first < low {
+            return Err(wrong(format!("beginning of range ({first}) below minimum ({low})")));
+        }
+        if last > high {
+            return Err(wrong(format!("end of range ({last}) above maximum ({high})")));
+        }
+        if first > last {
+            return Err(wrong(format!("beginning of range ({first}) beyond end of range ({last})")));
+        }
+        if step == 0 {
+            return Err(wrong("step of range should be a positive number".to_owned()));
+        }
+        let mut value = first;
+        while value <= last {
             bits |= 1 << value;
+            value = value.saturating_add(step);
         }
     }
     Ok(bits)
@@ -219,7 +239,6 @@ mod tests {
         // Restricted in both, either day will do: the 13th or any Friday.
         assert_eq!(next("0 0 13 * 5", start), "2026-02-06T00:00:00Z");
         assert_eq!(next("@weekly", start), "2026-02-01T00:00:00Z");
-        assert_eq!(next("0 0 * * 7", "2026-02-01T00:00:00Z"), "2026-02-08T00:00:00Z");
         assert_eq!(next("@every 1h30m", start), "2026-02-01T01:29:30Z");
     }
 
@@ -230,6 +249,10 @@ mod tests {
         {
             assert!(Schedule::parse(bad, TimeZone::UTC).is_err(), "{bad}");
         }
+        let why = |text: &str| Schedule::parse(text, TimeZone::UTC).unwrap_err().to_string();
+        assert_eq!(why("* * *"), "expected exactly 5 fields, found 3: [* * *]");
+        assert_eq!(why("61 * * * *"), "end of range (61) above maximum (59): 61");
+        assert_eq!(why("* x * * *"), "failed to parse int from x: strconv.Atoi: parsing \"x\": invalid syntax");
     }
 
     #[test]

@@ -41,6 +41,11 @@ pub async fn ensure(client: &kube::Client, settings: &Settings, service_ip: IpAd
         });
         create(client, "/apis/scheduling.k8s.io/v1/priorityclasses", object).await?;
     }
+    let range = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": [settings.service_cidr.to_string()]},
+    });
+    create(client, "/apis/networking.k8s.io/v1/servicecidrs", range).await?;
     kubernetes_service(client, settings, service_ip).await?;
     if settings.dns {
         dns_service(client, settings.cluster_dns).await?;

@@ -1,5 +1,6 @@
 //! Jobs and CronJobs: a selector made of the Job's own identity, and what of a spec may change.
 
+use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
 use super::pod;
@@ -7,6 +8,8 @@ use super::value::{int, object_mut, text, truth};
 use super::workload::{NOT_NEGATIVE, label_selector, selector_matches};
 use super::{Context, Strategy};
 use crate::apiserver::field::{ErrorList, FieldError};
+use crate::controllers::schedule::Schedule;
+use crate::controllers::timezone;
 
 /// Jobs.
 pub static JOB: Strategy = Strategy {
@@ -39,9 +42,9 @@ pub static CRON_JOB: Strategy = Strategy {
             pod::default_template(&mut new["spec"]["jobTemplate"]["spec"]["template"]);
         }
     },
-    validate_create: |context, new| cron_job(context, new),
-    validate_update: |context, new, _| {
-        if context.subresource.is_empty() { cron_job(context, new) } else { ErrorList::new() }
+    validate_create: |context, new| cron_job(context, new, None),
+    validate_update: |context, new, old| {
+        if context.subresource.is_empty() { cron_job(context, new, Some(old)) } else { ErrorList::new() }
     },
     generation: true,
     ..Strategy::DEFAULT
@@ -193,22 +196,36 @@ fn template_that_stays(spec: &Value, never_started: bool) -> Value {
     template
 }
 
-fn cron_job(context: &Context<'_>, object: &Value) -> ErrorList {
+fn time_zone(name: &str) -> Option<FieldError> {
+    let why = if name.is_empty() {
+        "timeZone must be nil or non-empty string".to_owned()
+    } else if name.eq_ignore_ascii_case("local") {
+        "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones".to_owned()
+    } else {
+        timezone::load(name).err()?.to_string()
+    };
+    Some(FieldError::invalid("spec.timeZone", name, why))
+}
+
+fn cron_job(context: &Context<'_>, object: &Value, old: Option<&Value>) -> ErrorList {
     let mut errors = ErrorList::new();
     let spec_of = &object["spec"];
     let schedule = text(spec_of, "/schedule");
     if schedule.is_empty() {
         errors.push(FieldError::required("spec.schedule", ""));
-    } else if schedule.contains("TZ") {
-        let text = "cannot use TZ or CRON_TZ in schedule, use timeZone field instead";
-        errors.push(FieldError::invalid("spec.schedule", schedule, text));
-    } else if !schedule.starts_with('@') && schedule.split_whitespace().count() != 5 {
-        let found = schedule.split_whitespace().count();
-        let text = format!(
-            "expected exactly 5 fields, found {found}: [{}]",
-            schedule.split_whitespace().collect::<Vec<_>>().join(" ")
-        );
-        errors.push(FieldError::invalid("spec.schedule", schedule, text));
+    } else {
+        let zoned = schedule.starts_with("TZ=") || schedule.starts_with("CRON_TZ=");
+        if let Some(error) = Schedule::parse(schedule, TimeZone::UTC).err().filter(|_| !zoned) {
+            errors.push(FieldError::invalid("spec.schedule", schedule, error.to_string()));
+        }
+        if schedule.contains("TZ") {
+            let text = "cannot use TZ or CRON_TZ in schedule, use timeZone field instead";
+            errors.push(FieldError::invalid("spec.schedule", schedule, text));
+        }
+    }
+    let known = old.is_some_and(|old| old["spec"]["timeZone"] == spec_of["timeZone"]);
+    if let Some(name) = spec_of["timeZone"].as_str().filter(|_| !known) {
+        errors.extend(time_zone(name));
     }
     for key in ["startingDeadlineSeconds", "successfulJobsHistoryLimit", "failedJobsHistoryLimit"] {
         if let Some(n) = spec_of[key].as_i64().filter(|n| *n < 0) {

@@ -4,6 +4,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
+//! | [`address`] | IPAddresses, ServiceCIDRs |
 //! | [`config`] | ConfigMaps, Secrets, Namespaces |
 //! | [`fixed`] | fields that must not change, and kinds with few rules |
 //! | [`job`] | Jobs and CronJobs |
@@ -15,6 +16,7 @@
 //! The schema's own defaults and structural checks have already run when these are called, and objects are in the
 //! storage version.
 
+pub mod address;
 pub mod config;
 pub mod fixed;
 pub mod job;
@@ -56,6 +58,8 @@ pub enum NameRule {
     Label1035,
     /// Anything that fits in one path segment: RBAC, webhooks' kinds of old.
     PathSegment,
+    /// An IP address in its canonical form.
+    Address,
 }
 
 /// The rules of one kind. Function pointers, so that a row of the table is plain data.

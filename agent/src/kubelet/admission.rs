@@ -2,7 +2,8 @@
 
 use k8s_openapi::api::core::v1::Pod;
 
-use super::containers;
+use super::{config, containers};
+use crate::runtime::PortMapping;
 
 /// Kernel settings that belong to a namespace of the pod alone.
 const SAFE_SYSCTLS: [&str; 12] = [
@@ -46,9 +47,43 @@ pub fn refuse(pod: &Pod) -> Option<(String, String)> {
     None
 }
 
+/// (reason, message) of a pod whose host ports another pod of this node has.
+pub fn conflict<'a>(pod: &Pod, others: impl Iterator<Item = &'a Pod>) -> Option<(String, String)> {
+    let wanted: Vec<_> = config::host_ports(pod).collect();
+    let mut others = others.filter(|other| containers::uid(other) != containers::uid(pod));
+    let taken = !wanted.is_empty()
+        && others.any(|other| config::host_ports(other).any(|port| wanted.iter().any(|own| same_port(own, &port))));
+    taken.then(|| {
+        let message = "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports";
+        ("NodePorts".to_owned(), message.to_owned())
+    })
+}
+
+/// Two mappings of one protocol and port meet unless they are of different addresses.
+fn same_port(one: &PortMapping, other: &PortMapping) -> bool {
+    let everywhere = |ip: &str| ip.is_empty() || ip == "0.0.0.0" || ip == "::";
+    one.host_port == other.host_port
+        && one.protocol == other.protocol
+        && (everywhere(&one.host_ip) || everywhere(&other.host_ip) || one.host_ip == other.host_ip)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_port_is_given_once() {
+        let pod = |uid: &str, ip: &str, port: u16| -> Pod {
+            let ports = serde_json::json!([{"containerPort": 80, "hostPort": port, "hostIP": ip, "protocol": "TCP"}]);
+            serde_json::from_value(serde_json::json!({"metadata": {"uid": uid},
+                "spec": {"containers": [{"name": "c", "ports": ports}]}}))
+            .unwrap()
+        };
+        let (first, second) = (pod("a", "", 8080), pod("b", "10.0.0.1", 8080));
+        assert_eq!(conflict(&second, [&first].into_iter()).unwrap().0, "NodePorts");
+        assert_eq!(conflict(&first, [&first].into_iter()), None);
+        assert_eq!(conflict(&second, [&pod("c", "10.0.0.2", 8080), &pod("d", "", 8081)].into_iter()), None);
+    }
 
     #[test]
     fn only_settings_of_the_pods_own_namespaces_are_let_through() {

@@ -46,7 +46,7 @@ pub fn sandbox(pod: &Pod, input: SandboxInput<'_>) -> cri::PodSandboxConfig {
         hostname: input.hostname,
         log_directory: input.log_dir,
         dns_config: input.dns,
-        port_mappings: if containers::is_host_network(pod) { Vec::new() } else { port_mappings(pod) },
+        port_mappings: if containers::is_host_network(pod) { Vec::new() } else { host_ports(pod).collect() },
         labels: pod_labels(pod),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
         linux: cri::LinuxPodSandboxConfig {
@@ -66,25 +66,24 @@ fn pod_labels(pod: &Pod) -> BTreeMap<String, String> {
     all
 }
 
-fn port_mappings(pod: &Pod) -> Vec<cri::PortMapping> {
+/// Ports of the node that lead to the pod.
+pub(super) fn host_ports(pod: &Pod) -> impl Iterator<Item = cri::PortMapping> + '_ {
     let spec = containers::spec(pod);
     let sidecars = spec.init_containers.iter().flatten().filter(|container| containers::is_sidecar(container));
     let ports = spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
-    ports
-        .filter_map(|port| {
-            let host_port = u16::try_from(port.host_port.filter(|port| *port > 0)?).ok()?;
-            Some(cri::PortMapping {
-                protocol: match port.protocol.as_deref() {
-                    Some("UDP") => cri::Protocol::Udp,
-                    Some("SCTP") => cri::Protocol::Sctp,
-                    _ => cri::Protocol::Tcp,
-                },
-                container_port: u16::try_from(port.container_port).ok()?,
-                host_port,
-                host_ip: port.host_ip.clone().unwrap_or_default(),
-            })
+    ports.filter_map(|port| {
+        let host_port = u16::try_from(port.host_port.filter(|port| *port > 0)?).ok()?;
+        Some(cri::PortMapping {
+            protocol: match port.protocol.as_deref() {
+                Some("UDP") => cri::Protocol::Udp,
+                Some("SCTP") => cri::Protocol::Sctp,
+                _ => cri::Protocol::Tcp,
+            },
+            container_port: u16::try_from(port.container_port).ok()?,
+            host_port,
+            host_ip: port.host_ip.clone().unwrap_or_default(),
         })
-        .collect()
+    })
 }
 
 fn namespaces(pod: &Pod) -> cri::NamespaceOptions {

@@ -180,10 +180,10 @@ impl Worker {
     pub async fn run(mut self) {
         self.accept_pod();
         if self.stage == Stage::Running
-            && let Some((reason, message)) = admission::refuse(&self.pod)
+            && let Some((reason, message)) = admission::refuse(&self.pod).or_else(|| self.claim_ports())
         {
             self.context.recorder.record_named(&self.pod, reason.clone(), message.clone());
-            self.failed = Some((reason, message));
+            self.failed = Some((reason, format!("Pod was rejected: {message}")));
         }
         let shutdown = self.shutdown.clone();
         loop {
@@ -202,6 +202,21 @@ impl Worker {
     }
 
     /// The specification is new: write it down anew, follow what its volumes show.
+    /// Shows the pod to the others at once, so that of two pods with one host port exactly one gets it; the other is told
+    /// why not. One that runs already has its ports.
+    fn claim_ports(&self) -> Option<(String, String)> {
+        let phase = self.pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        let mut board = self.board.write();
+        let live = |published: &&Published| !status::is_terminal(published.status.phase.as_deref());
+        let others = board.values().filter(live).map(|published| &*published.pod);
+        let conflict = if phase == Some("Running") { None } else { admission::conflict(&self.pod, others) };
+        if conflict.is_none() {
+            let published = Published { pod: self.pod.clone(), status: Arc::new(self.status.clone()) };
+            board.insert(containers::uid(&self.pod).to_owned(), published);
+        }
+        conflict
+    }
+
     fn accept_pod(&mut self) {
         if self.stage == Stage::Running && !self.removed {
             self.copied = None;

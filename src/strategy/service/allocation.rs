@@ -89,14 +89,15 @@ async fn addresses(
     if !has_cluster_ip(spec) || is_headless(spec) {
         return Ok(());
     }
-    let network = server.service_network();
+    let networks = networks(server)?;
     let wanted = text(spec, "/clusterIP").to_owned();
     if old.is_some_and(|old| text(old, "/spec/clusterIP") == wanted && !wanted.is_empty()) {
         return Ok(());
     }
     if wanted.is_empty() {
+        let network = &networks[0];
         let ip =
-            if context.dry_run { network.nth(network.size()) } else { any_address(server, context, network).await? };
+            if context.dry_run { network.nth(network.size()) } else { any_address(server, context, &networks).await? };
         new["spec"]["clusterIP"] = json!(ip.to_string());
         new["spec"]["clusterIPs"] = json!([ip.to_string()]);
         return Ok(());
@@ -106,10 +107,11 @@ async fn addresses(
         invalid(context, FieldError::invalid("spec.clusterIPs", json!([wanted]), detail))
     };
     let ip: IpAddr = wanted.parse().map_err(|_| fault("invalid address"))?;
-    if !network.range.contains(&ip) || ip == network.nth(0) {
+    if !networks.iter().any(|network| network.range.contains(&ip) && ip != network.nth(0)) {
+        let ranges: Vec<String> = networks.iter().map(|network| network.range.to_string()).collect();
         return Err(fault(&format!(
             "the provided IP ({ip}) is not in the valid range. The range of valid IPs is {}",
-            network.range
+            ranges.join(", ")
         )));
     }
     if !context.dry_run && !reserve_address(server, context, ip).await? {
@@ -118,22 +120,58 @@ async fn addresses(
     Ok(())
 }
 
-async fn any_address(server: &ApiServer, context: &Context<'_>, network: &ServiceNetwork) -> Result<IpAddr, Status> {
+/// The range that the server was started with, then those of ServiceCIDRs that are not being deleted.
+fn networks(server: &ApiServer) -> Result<Vec<ServiceNetwork>, Status> {
+    let own = server.service_network();
+    let mut networks = vec![own.clone()];
+    let Some(resource) = resources::builtin("networking.k8s.io", "servicecidrs") else { return Ok(networks) };
+    let start = resource.key("", "");
+    let range = RangeRequest { end: prefix_end(&start), start, ..RangeRequest::default() };
+    for kv in server.backend().range(&range)?.kvs {
+        let Ok(object) = serde_json::from_slice::<Value>(&kv.value) else { continue };
+        if !text(&object, "/metadata/deletionTimestamp").is_empty() {
+            continue;
+        }
+        for range in list(&object, "/spec/cidrs").iter().filter_map(|cidr| cidr.as_str()?.parse::<IpNet>().ok()) {
+            if networks.iter().all(|network| network.range != range) {
+                networks.push(ServiceNetwork { range, node_ports: own.node_ports.clone() });
+            }
+        }
+    }
+    Ok(networks)
+}
+
+/// A free address: of the own range, or of another one of the same family when that is full.
+async fn any_address(server: &ApiServer, context: &Context<'_>, networks: &[ServiceNetwork]) -> Result<IpAddr, Status> {
+    let six = networks[0].range.addr().is_ipv6();
+    for network in networks.iter().filter(|network| network.range.addr().is_ipv6() == six) {
+        if let Some(ip) = address_of(server, context, network).await? {
+            return Ok(ip);
+        }
+    }
+    Err(Status::internal("failed to allocate a serviceIP: range is full"))
+}
+
+async fn address_of(
+    server: &ApiServer,
+    context: &Context<'_>,
+    network: &ServiceNetwork,
+) -> Result<Option<IpAddr>, Status> {
     let (low, size) = (network.reserved(), network.size());
     for _ in 0..TRIES {
         let n = if low < size { rand::rng().random_range(low + 1..=size) } else { rand::rng().random_range(1..=size) };
         if reserve_address(server, context, network.nth(n)).await? {
-            return Ok(network.nth(n));
+            return Ok(Some(network.nth(n)));
         }
     }
     // Nearly full: from the top down, the reserved part last.
     for n in (1..=size.min(1 << 20)).rev() {
         let key = ip_addresses()?.key("", &network.nth(n).to_string());
         if server.backend().get(&key)?.is_none() && reserve_address(server, context, network.nth(n)).await? {
-            return Ok(network.nth(n));
+            return Ok(Some(network.nth(n)));
         }
     }
-    Err(Status::internal("failed to allocate a serviceIP: range is full"))
+    Ok(None)
 }
 
 fn ip_addresses() -> Result<&'static Resource, Status> {
