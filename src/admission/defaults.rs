@@ -1,5 +1,5 @@
 //! Small plug-ins that only fill something in: DefaultTolerationSeconds, TaintNodesByCondition, DefaultStorageClass,
-//! DefaultIngressClass, StorageObjectInUseProtection, RuntimeClass.
+//! DefaultIngressClass, StorageObjectInUseProtection, RuntimeClass, PodTopologyLabels.
 
 use super::pod::{items, push, text};
 use super::{Request, World};
@@ -44,6 +44,33 @@ pub fn taint_new_node(request: &mut Request<'_>) {
     if !tainted {
         push(spec, "taints", json!({ "key": NOT_READY, "effect": "NoSchedule" }));
     }
+}
+
+/// Labels of a node that its pods get.
+const TOPOLOGY: [&str; 2] = ["topology.kubernetes.io/region", "topology.kubernetes.io/zone"];
+
+/// PodTopologyLabels: a pod carries zone and region of the node it is bound to (or created for).
+pub fn topology_labels(world: &World, request: &mut Request<'_>) -> Result<(), Status> {
+    if !request.creates() {
+        return Ok(());
+    }
+    let node = match (request.group, request.resource, request.subresource) {
+        ("", "pods", "binding") if matches!(text(&request.object["target"], "kind"), "" | "Node") => {
+            text(&request.object["target"], "name")
+        }
+        ("", "pods", "") => text(&request.object["spec"], "nodeName"),
+        _ => return Ok(()),
+    };
+    if node.is_empty() {
+        return Ok(());
+    }
+    let Some(node) = world.get::<Value>("", "nodes", "", node)? else { return Ok(()) };
+    for label in TOPOLOGY {
+        if let Some(value) = node["metadata"]["labels"].get(label) {
+            request.object["metadata"]["labels"][label] = value.clone();
+        }
+    }
+    Ok(())
 }
 
 /// StorageObjectInUseProtection: a volume or claim goes only when nobody uses it.

@@ -16,12 +16,14 @@
 //! | [`node_restriction`] | NodeRestriction |
 //! | [`pod_security`] | PodSecurity |
 //! | [`priority`] | Priority |
-//! | [`defaults`] | DefaultTolerationSeconds, TaintNodesByCondition, DefaultStorageClass, DefaultIngressClass, StorageObjectInUseProtection, RuntimeClass |
+//! | [`defaults`] | DefaultTolerationSeconds, TaintNodesByCondition, DefaultStorageClass, DefaultIngressClass, StorageObjectInUseProtection, RuntimeClass, PodTopologyLabels |
+//! | [`claim_resize`] | PersistentVolumeClaimResize |
 //! | [`certificates`] | CertificateApproval, CertificateSigning, CertificateSubjectRestriction |
 //! | [`rbac_escalation`] | nobody grants what they do not hold |
 //! | [`quota`], [`resource_list`] | ResourceQuota; amounts of resources |
 
 pub mod certificates;
+pub mod claim_resize;
 pub mod defaults;
 pub mod limit_ranger;
 pub mod namespace_lifecycle;
@@ -93,6 +95,7 @@ impl Admission {
         defaults::runtime_class(world, request)?;
         certificates::mutate(request);
         defaults::ingress_class(world, request)?;
+        defaults::topology_labels(world, request)?;
         Ok(Warnings::new())
     }
 
@@ -103,6 +106,7 @@ impl Admission {
         service_account::validate(world, request)?;
         let warnings = pod_security::validate(world, request)?;
         priority::validate(world, request)?;
+        claim_resize::validate(world, request)?;
         certificates::validate(world, request)?;
         rbac_escalation::check(world, request)?;
         quota::charge(world, request).await?;

@@ -1,4 +1,5 @@
-//! `/openapi/v3`: the index and the documents, one per group and version, with hashes for caches.
+//! `/openapi/v3`: the index and the documents, one per group and version, with hashes for caches; `/openapi/v2`: one for
+//! all, as JSON or protobuf.
 
 use super::body::Body;
 use super::call::respond;
@@ -8,6 +9,7 @@ use super::resources::Resource;
 use super::status::Status;
 use crate::schema;
 use crate::schema::openapi;
+use crate::schema::openapi::v2::GroupVersion;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, json};
 
@@ -18,7 +20,11 @@ pub async fn answer(
     query: &Query<'_>,
     headers: &HeaderMap,
 ) -> Option<Result<Response<Body>, Status>> {
-    let path = path.trim_end_matches('/').strip_prefix("/openapi/v3")?;
+    let path = path.trim_end_matches('/');
+    if path == "/openapi/v2" {
+        return Some(version_2(snapshot, headers).await);
+    }
+    let path = path.strip_prefix("/openapi/v3")?;
     if path.is_empty() {
         return Some(Ok(index(snapshot)));
     }
@@ -66,6 +72,56 @@ pub async fn answer(
         fields.insert(header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
     }
     Some(Ok(response))
+}
+
+/// The forms of v2's document, as clients ask for them (of old and of today) and as the answer names them.
+const V2_FORMS: [(&str, &str); 5] = [
+    ("application/json", "application/json"),
+    ("application/*", "application/json"),
+    ("*/*", "application/json"),
+    ("application/com.github.proto-openapi.spec.v2@v1.0+protobuf", V2_PROTOBUF),
+    (V2_PROTOBUF, V2_PROTOBUF),
+];
+const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+async fn version_2(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Response<Body>, Status> {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or("*/*");
+    let wanted = accept.split(',').map(|clause| clause.split(';').next().unwrap_or_default().trim());
+    let form = wanted.into_iter().find_map(|wanted| V2_FORMS.iter().find(|(name, _)| *name == wanted));
+    let Some((_, media_type)) = form.copied() else {
+        return Ok(respond(StatusCode::NOT_ACCEPTABLE, "text/plain; charset=utf-8", Body::empty()));
+    };
+    let mut versions = Vec::new();
+    let mut hashes = String::new();
+    for group in snapshot.groups() {
+        for version in &group.versions {
+            let rows: Vec<_> = group.of_version(version).cloned().collect();
+            let borrowed: Vec<&Resource> = rows.iter().map(|row| &**row).collect();
+            hashes.push_str(&openapi::hash(&group.name, version, &borrowed));
+            versions.push((group.name.to_string(), version.to_string(), rows));
+        }
+    }
+    let etag = format!("\"{}\"", openapi::digest(&hashes));
+    let mut response = if headers.get(header::IF_NONE_MATCH).is_some_and(|h| h.as_bytes() == etag.as_bytes()) {
+        respond(StatusCode::NOT_MODIFIED, media_type, Body::empty())
+    } else {
+        let made = tokio::task::spawn_blocking(move || {
+            let all = versions.iter().map(|(group, version, rows)| GroupVersion {
+                group,
+                version,
+                rows: rows.iter().map(|row| &**row).collect(),
+            });
+            let all: Vec<GroupVersion<'_>> = all.collect();
+            let write = if media_type == V2_PROTOBUF { openapi::v2::protobuf } else { openapi::v2::json };
+            write(schema::builtin(), &all)
+        });
+        respond(StatusCode::OK, media_type, Body::full(made.await.map_err(Status::internal)?))
+    };
+    if let Ok(value) = HeaderValue::from_str(&etag) {
+        response.headers_mut().insert(header::ETAG, value);
+    }
+    response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
+    Ok(response)
 }
 
 fn url(group: &str, version: &str, hash: &str) -> String {

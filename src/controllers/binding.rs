@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(plan_claim(&claim(json!({})), &volumes, None, Some(false)), ClaimPlan::Bind("made".to_owned()));
         assert_eq!(plan_claim(&claim(json!({})), &volumes[..1], None, Some(false)), ClaimPlan::Provision);
         let plain = claim(json!({"spec": {"storageClassName": ""}}));
-        assert!(matches!(plan_claim(&plain, &volumes, None, None), ClaimPlan::Waits(false, "FailedBinding", _)));
+        assert!(matches!(plan_claim(&plain, &volumes[..3], None, None), ClaimPlan::Waits(false, "FailedBinding", _)));
     }
 
     #[test]

@@ -10,13 +10,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::Term;
 use super::api::Api;
 use super::backend::{Backend, BackendPort, ServiceSpec, backends, enqueue_services};
-use super::endpointslice::HEADLESS;
 use super::informer::Informer;
 use super::object::{Key, Object};
 use super::owner::enqueue_self;
 use super::queue::Queue;
 use super::resource::{ENDPOINTS, PODS, SERVICES};
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
+use super::slices::HEADLESS;
 
 /// Addresses of one Endpoints object; more are left out.
 const MAX_ADDRESSES: usize = 1000;

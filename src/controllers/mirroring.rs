@@ -9,14 +9,13 @@ use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::Term;
-use super::api::Api;
-use super::endpointslice::{Changes, Group, HEADLESS, MANAGED_BY, SERVICE_NAME, enqueue_service_of_slice, plan};
 use super::informer::Informer;
 use super::object::{Key, Object};
 use super::owner::enqueue_self;
 use super::queue::Queue;
 use super::resource::{ENDPOINT_SLICES, ENDPOINTS, SERVICES};
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
+use super::slices::{Changes, Group, HEADLESS, MANAGED_BY, SERVICE_NAME, Slices, enqueue_service_of_slice, plan};
 use super::template::controller_reference;
 
 const MANAGER: &str = "endpointslicemirroring-controller.k8s.io";
@@ -35,20 +34,18 @@ pub fn start(term: &Term) {
         enqueue_service_of_slice(&queue, &slices, MANAGER),
     ];
     let reconcile = Arc::new(Mirroring {
-        api: term.api("endpointslicemirroring-controller"),
         services: services.clone(),
         endpoints: endpoints.clone(),
-        slices: slices.clone(),
+        slices: Slices { api: term.api("endpointslicemirroring-controller"), slices: slices.clone(), manager: MANAGER },
     });
     let needs = vec![services, endpoints, slices];
     term.start(Controller { name: "endpointslice-mirroring", queue, concurrency: 4, needs, subscriptions, reconcile });
 }
 
 struct Mirroring {
-    api: Api,
     services: Arc<Informer>,
     endpoints: Arc<Informer>,
-    slices: Arc<Informer>,
+    slices: Slices,
 }
 
 fn is_mirrored(endpoints: &Object, metadata: &ObjectMeta) -> bool {
@@ -128,7 +125,7 @@ impl Reconcile for Mirroring {
 
 impl Mirroring {
     async fn sync(&self, key: &Key) -> Result<Next, ReconcileError> {
-        let mut existing = self.existing(key)?;
+        let mut existing = self.slices.of(key)?;
         let service = self.services.get(key).filter(|service| service.selector.is_none() && service.deleting.is_none());
         let object = self.endpoints.get(key).filter(|_| service.is_some());
         let decoded: Option<Endpoints> = object.as_ref().map(|object| object.decode()).transpose()?;
@@ -154,37 +151,10 @@ impl Mirroring {
             }
         }
         changes.delete.extend(existing.iter().filter_map(|slice| slice.metadata.name.clone()));
-        match self.apply(key.namespace(), changes).await {
+        match self.slices.apply(key.namespace(), changes).await {
             Err(error) if !error.is_namespace_terminating() => Err(error.into()),
             _ => Ok(Next::Done),
         }
-    }
-
-    fn existing(&self, key: &Key) -> Result<Vec<EndpointSlice>, serde_json::Error> {
-        let cached = self.slices.read();
-        let own = cached.namespace(key.namespace()).filter(|slice| {
-            slice.labels.get(SERVICE_NAME) == Some(key.name())
-                && slice.labels.get(MANAGED_BY) == Some(MANAGER)
-                && slice.deleting.is_none()
-        });
-        own.map(|slice| slice.decode()).collect()
-    }
-
-    async fn apply(&self, namespace: &str, changes: Changes) -> Result<(), super::api::ApiError> {
-        for slice in &changes.create {
-            self.api.create(&ENDPOINT_SLICES, namespace, slice).await?;
-        }
-        for slice in &changes.update {
-            let key = Key::new(namespace, slice.metadata.name.as_deref().unwrap_or_default());
-            self.api.update(&ENDPOINT_SLICES, &key, "", slice).await?;
-        }
-        for name in &changes.delete {
-            let key = Key::new(namespace, name);
-            if let Some(slice) = self.slices.get(&key) {
-                self.api.delete(&ENDPOINT_SLICES, &key, &slice.uid).await?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -18,14 +18,14 @@
 //! | [`quantity`] | quantities as numbers |
 //! | [`discovery`] | what the API serves, custom resources included |
 //! | `deployment` + `rollout`, `replicaset` | Deployments, ReplicaSets and ReplicationControllers |
-//! | `statefulset`, `daemonset`, `history` | StatefulSets, DaemonSets and their revisions |
+//! | `statefulset` + `retention`, `daemonset`, `history` | StatefulSets, DaemonSets and their revisions |
 //! | `job` + `completion`, `cronjob` + [`schedule`], [`timezone`], `ttl` | Jobs, CronJobs, what remains of them |
-//! | `backend`, `endpointslice`, `endpoint`, `mirroring` | what is behind Services |
+//! | `backend`, `slices`, `endpointslice`, `endpoint`, `mirroring` | what is behind Services |
 //! | `serviceaccount`, `namespace`, `quota`, `clusterrole` | what belongs to namespaces and policy |
 //! | `garbage`, `podgc` | owners and dependents, pods nobody finishes |
 //! | `volume` + `binding`, `protection`, `ephemeral` | PersistentVolumes and claims |
 //! | `servicecidr` | ranges of Service addresses |
-//! | `node`, `nodecidr`, `eviction`, `disruption` | nodes and what has to leave them |
+//! | `node` + `zone`, `nodecidr`, `eviction`, `disruption` | nodes and what has to leave them |
 //!
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
@@ -75,12 +75,15 @@ mod podgc;
 mod protection;
 mod quota;
 mod replicaset;
+mod retention;
 mod rollout;
 mod serviceaccount;
 mod servicecidr;
+mod slices;
 mod statefulset;
 mod ttl;
 mod volume;
+mod zone;
 
 use std::future::Future;
 use std::sync::Arc;

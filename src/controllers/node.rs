@@ -22,6 +22,7 @@ use super::owner::enqueue_self;
 use super::queue::Queue;
 use super::resource::{LEASES, NODES, PODS};
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
+use super::zone::{Count, Turns, Zone};
 
 /// How often each node is looked at.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -55,6 +56,7 @@ pub fn start(term: &Term) {
         leases: leases.clone(),
         pods: pods.clone(),
         seen: Mutex::default(),
+        turns: Mutex::default(),
     });
     let needs = vec![nodes, leases, pods];
     term.start(Controller { name: "node-lifecycle", queue, concurrency: 4, needs, subscriptions, reconcile });
@@ -88,6 +90,7 @@ struct NodeLifecycle {
     leases: Arc<Informer>,
     pods: Arc<Informer>,
     seen: Mutex<HashMap<Key, Seen>>,
+    turns: Mutex<Turns>,
 }
 
 fn condition<'a>(node: &'a Node, kind: &str) -> Option<&'a NodeCondition> {
@@ -199,7 +202,8 @@ impl NodeLifecycle {
         if ready.as_deref().is_some_and(|ready| ready != "True") {
             self.mark_pods_not_ready(key.name()).await?;
         }
-        if let Some(taints) = taints(&node, self.may_evict(), Timestamp::now()) {
+        let evict = self.may_evict(&object, &node);
+        if let Some(taints) = taints(&node, evict, Timestamp::now()) {
             let patch = json!({
                 "metadata": {"uid": &*object.uid, "resourceVersion": object.resource_version.to_string()},
                 "spec": {"taints": taints},
@@ -243,14 +247,36 @@ impl NodeLifecycle {
         Duration::ZERO
     }
 
-    /// When no node at all is ready, the fault is more likely ours than theirs: nobody is evicted.
-    fn may_evict(&self) -> bool {
+    /// Whether the node may have NoExecute taints for its silence: it has them already, or it is its turn.
+    fn may_evict(&self, object: &Object, node: &Node) -> bool {
+        let mut zones: HashMap<Zone, Count> = HashMap::new();
+        let mut own = Count::default();
         let all: Vec<Arc<Object>> = self.nodes.read().iter().cloned().collect();
-        let is_ready = |object: &Arc<Object>| {
-            let node: Option<Node> = object.decode().ok();
-            node.is_some_and(|node| condition(&node, "Ready").is_some_and(|ready| ready.status == "True"))
-        };
-        all.iter().any(is_ready)
+        for other in &all {
+            let decoded: Option<Node> = other.decode().ok();
+            // One that never reported counts neither way, as it has nothing to lose.
+            let Some(ready) = decoded.as_ref().and_then(|node| condition(node, "Ready")) else { continue };
+            let count = zones.entry(Zone::of(&other.labels)).or_default();
+            if ready.status == "True" { count.ready += 1 } else { count.silent += 1 }
+        }
+        let zone = Zone::of(&object.labels);
+        if let Some(count) = zones.get(&zone) {
+            own = *count;
+        }
+        let mut turns = self.turns.lock();
+        if turns.observe(&zones) {
+            // Nobody was heard while we were cut off: everybody gets the time to report again.
+            self.seen.lock().values_mut().for_each(|seen| seen.at = Instant::now());
+        }
+        if turns.is_halted() {
+            return false;
+        }
+        let present = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+        let tainted = present
+            .iter()
+            .any(|taint| taint.effect == "NoExecute" && (taint.key == UNREACHABLE || taint.key == NOT_READY));
+        let ready = condition(node, "Ready").is_none_or(|ready| ready.status == "True");
+        tainted || ready || turns.take(&zone, own, Instant::now())
     }
 
     async fn mark_pods_not_ready(&self, node: &str) -> Result<(), ReconcileError> {

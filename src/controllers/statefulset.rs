@@ -7,9 +7,10 @@ use futures::future::{BoxFuture, FutureExt};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec, StatefulSetStatus};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaimVolumeSource, PodTemplateSpec, Volume};
+use serde_json::json;
 
 use super::Term;
-use super::api::{Api, ApiError};
+use super::api::{Api, PatchKind};
 use super::event::{EventType, Events};
 use super::history::{self, History, REVISION_HASH};
 use super::informer::Informer;
@@ -18,6 +19,7 @@ use super::owner::{claim_all, enqueue_owner, enqueue_self};
 use super::queue::Queue;
 use super::replicaset::next_available;
 use super::resource::{CONTROLLER_REVISIONS, PERSISTENT_VOLUME_CLAIMS, PODS, STATEFUL_SETS};
+use super::retention::{Retention, is_going};
 use super::rollout::scaled;
 use super::runner::{Controller, Next, Reconcile, ReconcileError};
 use super::template::{PodName, controller_reference, pod};
@@ -221,6 +223,7 @@ impl StatefulSets {
         let min_ready = spec.min_ready_seconds.unwrap_or(0);
         let mut result = Ok(());
         if object.deleting.is_none() {
+            self.keep_claims_owned(&object, spec, &wanted).await?;
             let changes = plan(&wanted, &self.members(&object, min_ready));
             for change in changes {
                 result = self.apply(&change, &object, spec, &wanted, &history).await;
@@ -258,7 +261,7 @@ impl StatefulSets {
         spec: &StatefulSetSpec,
         wanted: &Wanted,
         history: &History,
-    ) -> Result<(), ApiError> {
+    ) -> Result<(), ReconcileError> {
         let (name, namespace) = (object.key.name(), object.key.namespace());
         match change {
             Change::Delete(ordinal) => {
@@ -291,11 +294,41 @@ impl StatefulSets {
                     Err(error) => {
                         let message = format!("create Pod {pod_name} in StatefulSet {name} failed error: {error}");
                         self.events.tell(&STATEFUL_SETS, object, EventType::Warning, "FailedCreate", message);
-                        Err(error)
+                        Err(error.into())
                     }
                 }
             }
         }
+    }
+
+    /// Gives the claims of all pods the owners that the retention policy asks for.
+    async fn keep_claims_owned(
+        &self,
+        object: &Object,
+        spec: &StatefulSetSpec,
+        wanted: &Wanted,
+    ) -> Result<(), ReconcileError> {
+        let templates = spec.volume_claim_templates.as_deref().unwrap_or_default();
+        if templates.is_empty() {
+            return Ok(());
+        }
+        let (retention, set) = (Retention::of(spec), controller_reference(&STATEFUL_SETS, object));
+        let pods: Vec<Arc<Object>> = self.pods.read().controlled_by(&object.uid).cloned().collect();
+        for pod in &pods {
+            let Some(ordinal) = ordinal(object.key.name(), pod.key.name()) else { continue };
+            let scaled_away = !(wanted.start..wanted.start.saturating_add(wanted.replicas)).contains(&ordinal);
+            for template in templates {
+                let name = template.metadata.name.as_deref().unwrap_or_default();
+                let key = Key::new(object.key.namespace(), &claim_name(name, object.key.name(), ordinal));
+                let Some(claim) = self.claims.get(&key) else { continue };
+                let owner = controller_reference(&PODS, pod);
+                let Some(owners) = retention.owners(&claim.owners, &set, &owner, scaled_away) else { continue };
+                let version = claim.resource_version.to_string();
+                let patch = json!({"metadata": {"resourceVersion": version, "ownerReferences": owners}});
+                self.api.patch(&PERSISTENT_VOLUME_CLAIMS, &key, "", PatchKind::Merge, &patch).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn ensure_claims(
@@ -304,12 +337,15 @@ impl StatefulSets {
         spec: &StatefulSetSpec,
         ordinal: i32,
         pod: &str,
-    ) -> Result<(), ApiError> {
+    ) -> Result<(), ReconcileError> {
         let (name, namespace) = (object.key.name(), object.key.namespace());
         for template in spec.volume_claim_templates.iter().flatten() {
             let mut claim = template.clone();
             let claim_name = claim_name(template.metadata.name.as_deref().unwrap_or_default(), name, ordinal);
-            if self.claims.get(&Key::new(namespace, &claim_name)).is_some() {
+            if let Some(claim) = self.claims.get(&Key::new(namespace, &claim_name)) {
+                if claim.deleting.is_some() || is_going(&claim.owners, pod, None) {
+                    return Err(ReconcileError::NotYet(format!("claim {claim_name} is being deleted")));
+                }
                 continue;
             }
             claim.metadata.name = Some(claim_name.clone());
@@ -327,7 +363,7 @@ impl StatefulSets {
                     let message =
                         format!("create Claim {claim_name} for Pod {pod} in StatefulSet {name} failed error: {error}");
                     self.events.tell(&STATEFUL_SETS, object, EventType::Warning, "FailedCreate", message);
-                    return Err(error);
+                    return Err(error.into());
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! OpenAPI v3 documents, one per group and version, written from the table and the rows of `RESOURCES`.
+//! OpenAPI v3 documents, one per group and version, and v2's single one ([`v2`], [`gnostic`]), written from the table and
+//! the rows of `RESOURCES`.
 //!
 //! ```ignore
 //! let rows: Vec<&Resource> = RESOURCES.iter().filter(|r| r.group == "apps" && r.serves("v1")).map(|r| &**r).collect();
@@ -9,7 +10,9 @@
 
 mod components;
 mod descriptions;
+mod gnostic;
 mod paths;
+pub mod v2;
 
 use std::sync::LazyLock;
 
@@ -42,6 +45,12 @@ pub fn hash(group: &str, version: &str, rows: &[&Resource]) -> String {
         digest.update(format!("\n{} {:?} {:?}", row.plural, row.verbs, row.subresources));
     }
     digest.finalize().iter().map(|b| format!("{b:02X}")).collect()
+}
+
+/// A short name of a text that changes when the text does.
+pub fn digest(text: &str) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(text).iter().map(|b| format!("{b:02X}")).collect()
 }
 
 /// `api/v1`, `apis/apps/v1`: the path below `/openapi/v3/`.

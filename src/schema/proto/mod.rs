@@ -7,7 +7,7 @@
 //! Field numbers come from the table. Values are in Go form on the JSON side.
 
 mod read;
-mod wire;
+pub(super) mod wire;
 mod write;
 
 use serde_json::Value;

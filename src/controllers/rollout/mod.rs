@@ -1,4 +1,15 @@
 //! The pure core of Deployments: which ReplicaSets to create, scale and delete, and the status that follows.
+//!
+//! # Layout
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | this | the plan: strategies and scaling |
+//! | [`replica_set`] | reading and annotating one ReplicaSet |
+//! | [`status`] | counts, conditions and the progress deadline |
+
+mod replica_set;
+mod status;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -14,6 +25,12 @@ use serde_json::Value;
 
 use super::event::EventType;
 use super::template::{POD_TEMPLATE_HASH, canonical, hash};
+use replica_set::{
+    age, annotate, annotate_replicas, annotation, available, min_ready_seconds, name, owned_age, replicas, resized,
+    revision, set_name, set_replicas, set_template, status_of,
+};
+use status::complete;
+pub use status::{new_condition, set_condition};
 
 /// Annotation that numbers the rollouts.
 pub const REVISION: &str = "deployment.kubernetes.io/revision";
@@ -505,143 +522,6 @@ impl Rollout<'_> {
         }
     }
 
-    // ---- status
-
-    fn finish_status(&mut self, estimate_progress: bool) {
-        let stored = self.deployment.status.clone().unwrap_or_default();
-        self.count();
-        if estimate_progress {
-            self.progress(&stored);
-        }
-        if self.status != stored {
-            self.plan.changes.push(Change::Status(Box::new(self.status.clone())));
-        }
-        if estimate_progress {
-            self.plan.after = self.next_check();
-        }
-    }
-
-    fn count(&mut self) {
-        let sum = |field: fn(&SetStatus) -> i32| self.all().map(|set| field(&status_of(set))).sum::<i32>();
-        let (total, available) = (sum(|status| status.replicas), sum(|status| status.available));
-        let (ready, terminating) = (sum(|status| status.ready), sum(|status| status.terminating));
-        let updated = self.current.as_ref().map_or(0, |set| status_of(set).replicas);
-        let unavailable = (self.total() - available).max(0);
-        let some = |count: i32| (count != 0).then_some(count);
-        self.status.observed_generation = self.deployment.metadata.generation;
-        self.status.replicas = some(total);
-        self.status.updated_replicas = some(updated);
-        self.status.ready_replicas = some(ready);
-        self.status.available_replicas = some(available);
-        self.status.unavailable_replicas = some(unavailable);
-        self.status.terminating_replicas = Some(terminating);
-        if available >= self.wanted() - self.max_unavailable() {
-            let message = "Deployment has minimum availability.".to_owned();
-            self.set_condition("Available", "True", "MinimumReplicasAvailable", message);
-        } else {
-            let message = "Deployment does not have minimum availability.".to_owned();
-            self.set_condition("Available", "False", "MinimumReplicasUnavailable", message);
-        }
-    }
-
-    fn progress(&mut self, stored: &DeploymentStatus) {
-        if !self.has_deadline() {
-            self.remove_condition(PROGRESSING);
-        }
-        let reason = find(stored, PROGRESSING).and_then(|condition| condition.reason.clone());
-        let settled = self.status.replicas == self.status.updated_replicas && reason.as_deref() == Some(NEW_AVAILABLE);
-        if self.has_deadline() && !settled {
-            let what = match &self.current {
-                Some(set) => format!("ReplicaSet \"{}\"", name(&set.metadata)),
-                None => format!("Deployment \"{}\"", name(&self.deployment.metadata)),
-            };
-            if complete(self.deployment, &self.status) {
-                self.set_condition(PROGRESSING, "True", NEW_AVAILABLE, format!("{what} has successfully progressed."));
-            } else if progressed(stored, &self.status) {
-                let previous = find(&self.status, PROGRESSING).filter(|condition| condition.status == "True");
-                let since = previous.and_then(|condition| condition.last_transition_time.clone());
-                self.remove_condition(PROGRESSING);
-                self.set_condition(PROGRESSING, "True", "ReplicaSetUpdated", format!("{what} is progressing."));
-                if let (Some(since), Some(condition)) = (since, self.condition_mut(PROGRESSING)) {
-                    condition.last_transition_time = Some(since);
-                }
-            } else if self.timed_out() {
-                self.set_condition(PROGRESSING, "False", TIMED_OUT, format!("{what} has timed out progressing."));
-            }
-        }
-        match self.failure() {
-            Some(failure) => set_condition(&mut self.status, failure),
-            None => self.remove_condition("ReplicaFailure"),
-        }
-    }
-
-    fn failure(&self) -> Option<DeploymentCondition> {
-        let condition = self.current.iter().chain(&self.old).find_map(|set| {
-            let conditions = set.status.as_ref()?.conditions.as_ref()?;
-            conditions.iter().find(|condition| condition.type_ == "ReplicaFailure")
-        })?;
-        Some(DeploymentCondition {
-            type_: condition.type_.clone(),
-            status: condition.status.clone(),
-            reason: condition.reason.clone(),
-            message: condition.message.clone(),
-            last_transition_time: condition.last_transition_time.clone(),
-            last_update_time: condition.last_transition_time.clone(),
-        })
-    }
-
-    fn timed_out(&self) -> bool {
-        let Some(condition) = self.condition(PROGRESSING) else { return false };
-        match condition.reason.as_deref() {
-            Some(NEW_AVAILABLE) => false,
-            Some(TIMED_OUT) => true,
-            _ => self.deadline().is_some_and(|deadline| deadline < self.now),
-        }
-    }
-
-    /// When progress is overdue, by the condition in the status.
-    fn deadline(&self) -> Option<Timestamp> {
-        let seconds = self.spec.progress_deadline_seconds?;
-        let updated = self.condition(PROGRESSING)?.last_update_time.as_ref()?.0;
-        Some(updated + jiff::SignedDuration::from_secs(i64::from(seconds)))
-    }
-
-    fn next_check(&self) -> Option<Duration> {
-        if !self.has_deadline() || complete(self.deployment, &self.status) {
-            return None;
-        }
-        let reason = self.condition(PROGRESSING)?.reason.as_deref();
-        if reason == Some(TIMED_OUT) || reason == Some(NEW_AVAILABLE) {
-            return None;
-        }
-        let left = self.deadline()?.as_second() - self.now.as_second();
-        Some(Duration::from_secs(u64::try_from(left).unwrap_or(0) + 1))
-    }
-
-    fn note_pause(&mut self) {
-        if !self.has_deadline() {
-            return;
-        }
-        let reason = self.condition(PROGRESSING).and_then(|condition| condition.reason.clone());
-        if reason.as_deref() == Some(TIMED_OUT) {
-            return;
-        }
-        let noted = reason.as_deref() == Some("DeploymentPaused");
-        match (self.spec.paused == Some(true), noted) {
-            (true, false) => {
-                self.set_condition(PROGRESSING, "Unknown", "DeploymentPaused", "Deployment is paused".to_owned());
-            }
-            (false, true) => {
-                self.set_condition(PROGRESSING, "Unknown", "DeploymentResumed", "Deployment is resumed".to_owned());
-            }
-            _ => {}
-        }
-    }
-
-    fn has_deadline(&self) -> bool {
-        self.spec.progress_deadline_seconds.is_some_and(|seconds| seconds != i32::MAX)
-    }
-
     fn set_revision(&mut self, number: String) {
         let stored = self.deployment.metadata.annotations.as_ref().and_then(|annotations| annotations.get(REVISION));
         if stored != Some(&number) {
@@ -652,203 +532,6 @@ impl Rollout<'_> {
     fn event(&mut self, reason: &'static str, message: String) {
         self.plan.changes.push(Change::Event(EventType::Normal, reason, message));
     }
-
-    fn condition(&self, kind: &str) -> Option<&DeploymentCondition> {
-        find(&self.status, kind)
-    }
-
-    fn condition_mut(&mut self, kind: &str) -> Option<&mut DeploymentCondition> {
-        self.status.conditions.as_mut()?.iter_mut().find(|condition| condition.type_ == kind)
-    }
-
-    fn set_condition(&mut self, kind: &str, status: &str, reason: &str, message: String) {
-        set_condition(&mut self.status, new_condition(kind, status, reason, message, self.now));
-    }
-
-    fn remove_condition(&mut self, kind: &str) {
-        if let Some(conditions) = self.status.conditions.as_mut() {
-            conditions.retain(|condition| condition.type_ != kind);
-        }
-    }
-}
-
-/// A condition that begins now.
-pub fn new_condition(kind: &str, status: &str, reason: &str, message: String, now: Timestamp) -> DeploymentCondition {
-    DeploymentCondition {
-        type_: kind.to_owned(),
-        status: status.to_owned(),
-        reason: Some(reason.to_owned()),
-        message: Some(message),
-        last_update_time: Some(Time(now)),
-        last_transition_time: Some(Time(now)),
-    }
-}
-
-/// Puts a condition in, unless one of its type with the same status and reason is there.
-pub fn set_condition(status: &mut DeploymentStatus, mut condition: DeploymentCondition) {
-    let conditions = status.conditions.get_or_insert_default();
-    if let Some(index) = conditions.iter().position(|present| present.type_ == condition.type_) {
-        let present = &conditions[index];
-        if present.status == condition.status && present.reason == condition.reason {
-            return;
-        }
-        if present.status == condition.status {
-            condition.last_transition_time = present.last_transition_time.clone();
-        }
-        conditions.remove(index);
-    }
-    conditions.push(condition);
-}
-
-fn find<'a>(status: &'a DeploymentStatus, kind: &str) -> Option<&'a DeploymentCondition> {
-    status.conditions.as_ref()?.iter().find(|condition| condition.type_ == kind)
-}
-
-fn complete(deployment: &Deployment, status: &DeploymentStatus) -> bool {
-    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-    status.updated_replicas.unwrap_or(0) == wanted
-        && status.replicas.unwrap_or(0) == wanted
-        && status.available_replicas.unwrap_or(0) == wanted
-        && status.observed_generation >= deployment.metadata.generation
-}
-
-fn progressed(before: &DeploymentStatus, now: &DeploymentStatus) -> bool {
-    let old = |status: &DeploymentStatus| status.replicas.unwrap_or(0) - status.updated_replicas.unwrap_or(0);
-    now.updated_replicas.unwrap_or(0) > before.updated_replicas.unwrap_or(0)
-        || old(now) < old(before)
-        || now.ready_replicas.unwrap_or(0) > before.ready_replicas.unwrap_or(0)
-        || now.available_replicas.unwrap_or(0) > before.available_replicas.unwrap_or(0)
-}
-
-struct SetStatus {
-    replicas: i32,
-    ready: i32,
-    available: i32,
-    terminating: i32,
-    observed_generation: Option<i64>,
-}
-
-fn status_of(set: &ReplicaSet) -> SetStatus {
-    let status = set.status.as_ref();
-    SetStatus {
-        replicas: status.map_or(0, |status| status.replicas),
-        ready: status.and_then(|status| status.ready_replicas).unwrap_or(0),
-        available: status.and_then(|status| status.available_replicas).unwrap_or(0),
-        terminating: status.and_then(|status| status.terminating_replicas).unwrap_or(0),
-        observed_generation: status.and_then(|status| status.observed_generation),
-    }
-}
-
-fn replicas(set: &ReplicaSet) -> i32 {
-    set.spec.as_ref().map_or(0, |spec| spec.replicas.unwrap_or(1))
-}
-
-fn available(set: &ReplicaSet) -> i32 {
-    status_of(set).available
-}
-
-fn min_ready_seconds(set: &ReplicaSet) -> i32 {
-    set.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0)
-}
-
-fn set_replicas(set: &mut ReplicaSet, size: i32) {
-    set.spec.get_or_insert_default().replicas = Some(size);
-}
-
-fn name(metadata: &ObjectMeta) -> &str {
-    metadata.name.as_deref().unwrap_or_default()
-}
-
-fn age(set: &ReplicaSet) -> (Option<&Time>, &str) {
-    (set.metadata.creation_timestamp.as_ref(), name(&set.metadata))
-}
-
-fn owned_age(set: &ReplicaSet) -> (Option<Time>, String) {
-    (set.metadata.creation_timestamp.clone(), name(&set.metadata).to_owned())
-}
-
-fn annotation<'a>(set: &'a ReplicaSet, key: &str) -> Option<&'a str> {
-    set.metadata.annotations.as_ref()?.get(key).map(String::as_str)
-}
-
-fn revision(set: &ReplicaSet) -> i64 {
-    annotation(set, REVISION).and_then(|revision| revision.parse().ok()).unwrap_or(0)
-}
-
-fn set_template(set: &ReplicaSet) -> Result<Value, serde_json::Error> {
-    set.spec.as_ref().and_then(|spec| spec.template.as_ref()).map_or(Ok(Value::Null), canonical)
-}
-
-/// `<deployment>-<hash>`, the first part cut so that the whole is a valid name.
-fn set_name(deployment: &str, suffix: &str) -> String {
-    let room = 253 - 1 - suffix.len();
-    format!("{}-{suffix}", &deployment[..deployment.len().min(room)])
-}
-
-/// Changes size and replica annotations; `None` when nothing differs.
-fn resized(set: &mut ReplicaSet, size: i32, wanted: i32, max: i32) -> Option<(Box<ReplicaSet>, i32)> {
-    let from = replicas(set);
-    let annotated = annotate_replicas(set, wanted, max);
-    if from == size && !annotated {
-        return None;
-    }
-    set_replicas(set, size);
-    Some((Box::new(set.clone()), from))
-}
-
-fn annotate_replicas(set: &mut ReplicaSet, wanted: i32, max: i32) -> bool {
-    let annotations = set.metadata.annotations.get_or_insert_default();
-    let mut changed = false;
-    for (key, value) in [(DESIRED_REPLICAS, wanted), (MAX_REPLICAS, max)] {
-        let value = value.to_string();
-        if annotations.get(key) != Some(&value) {
-            annotations.insert(key.to_owned(), value);
-            changed = true;
-        }
-    }
-    changed
-}
-
-/// Copies the Deployment's annotations and raises the revision, keeping the former ones as history.
-fn annotate(deployment: &Deployment, set: &mut ReplicaSet, next: i64) -> bool {
-    let annotations = set.metadata.annotations.get_or_insert_default();
-    let mut changed = copy_annotations(deployment, annotations);
-    let former = annotations.get(REVISION).cloned();
-    let current = match former.as_deref().unwrap_or("0").parse::<i64>() {
-        Ok(current) => current,
-        Err(_not_ours) => return changed,
-    };
-    if current < next {
-        annotations.insert(REVISION.to_owned(), next.to_string());
-        changed = true;
-        if let Some(former) = former {
-            remember(annotations, &former);
-        }
-    }
-    changed
-}
-
-fn copy_annotations(deployment: &Deployment, annotations: &mut BTreeMap<String, String>) -> bool {
-    let own = [LAST_APPLIED, REVISION, REVISION_HISTORY, DESIRED_REPLICAS, MAX_REPLICAS, ROLLBACK_TO];
-    let mut changed = false;
-    for (key, value) in deployment.metadata.annotations.iter().flatten() {
-        if !own.contains(&key.as_str()) && annotations.get(key) != Some(value) {
-            annotations.insert(key.clone(), value.clone());
-            changed = true;
-        }
-    }
-    changed
-}
-
-fn remember(annotations: &mut BTreeMap<String, String>, revision: &str) {
-    let history = annotations.get(REVISION_HISTORY).cloned().unwrap_or_default();
-    let mut revisions: Vec<&str> = history.split(',').filter(|revision| !revision.is_empty()).collect();
-    revisions.push(revision);
-    let length = |revisions: &[&str]| revisions.iter().map(|revision| revision.len() + 1).sum::<usize>();
-    while revisions.len() > 1 && length(&revisions) > MAX_HISTORY_CHARS {
-        revisions.remove(0);
-    }
-    annotations.insert(REVISION_HISTORY.to_owned(), revisions.join(","));
 }
 
 /// A number, or a percentage of `total`.
@@ -865,5 +548,4 @@ pub fn scaled(value: Option<&IntOrString>, total: i32, round_up: bool) -> i32 {
 }
 
 #[cfg(test)]
-#[path = "rollout_tests.rs"]
 mod tests;
