@@ -43,6 +43,8 @@ fn malformed_manifests_say_what_is_wrong() {
     assert!(error.contains("spec.containers[0].name: Invalid value: \"C\""), "{error}");
     let error = server.apply_try(&pod.replace("name: C", "nmae: c")).unwrap_err();
     assert!(error.contains("unknown field \"spec.containers[0].nmae\""), "{error}");
+    let error = server.apply_try(&pod.replace("v1\nkind: Pod", "apps/v1\nkind: Deploymnt")).unwrap_err();
+    assert!(error.contains("no matches for kind \"Deploymnt\" in version \"apps/v1\""), "{error}");
     assert_eq!(server.kubectl(&["get", "pods"]), "");
     let anonymous = server.fetch("https://127.0.0.1:6443/api/v1/nodes", false);
     assert!(anonymous.is_err());

@@ -1,3 +1,4 @@
+use super::super::object::PodFacts;
 use super::*;
 use k8s_openapi::api::batch::v1::UncountedTerminatedPods;
 use serde_json::{Value, json};

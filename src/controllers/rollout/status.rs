@@ -6,8 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::super::event::EventType;
-use super::replica_set::{SetStatus, annotation, name, replicas, status_of};
+use super::replica_set::{SetStatus, name, status_of};
 use super::{Change, NEW_AVAILABLE, PROGRESSING, Rollout, TIMED_OUT};
 
 impl Rollout<'_> {

@@ -1,3 +1,4 @@
+use super::status::find;
 use super::*;
 use serde_json::json;
 
