@@ -8,7 +8,7 @@
 //! | [`listener`] | TLS, HTTP, credentials, bounds on what strangers can make us hold |
 //! | [`protocols`] | protocols of our own on the same port |
 //! | [`service`] | [`ApiServer`]: the whole API as one `tower::Service` |
-//! | [`limits`] | how many requests at once |
+//! | [`limits`], [`deadline`] | how many requests at once, and how long each may take |
 //! | [`query`], [`request`] | the URL grammar: [`request::RequestInfo`] |
 //! | [`resources`], [`registry`] | [`resources::RESOURCES`]: one row per kind; the kinds served right now |
 //! | [`verbs`] | what can be done with a kind |
@@ -36,6 +36,7 @@ pub mod call;
 pub mod codec;
 pub mod confine;
 pub mod convert;
+pub mod deadline;
 pub mod delete;
 pub mod discovery;
 pub mod field;

@@ -5,6 +5,7 @@
 use super::backend::Backend;
 use super::body::Body;
 use super::call::{Call, add_warnings, respond};
+use super::deadline::within;
 use super::health::{self, Health};
 use super::limits::Limits;
 use super::links::NodeLinks;
@@ -15,7 +16,7 @@ use super::resources::Resource;
 use super::reviews::{self, Reviews};
 use super::status::Status;
 use super::subresource::{self, connect};
-use super::{delete, discovery, openapi, patch, read, watch, write};
+use super::{deadline, delete, discovery, openapi, patch, read, watch, write};
 use crate::admission::Admission;
 use crate::auth::{Authorizer, Identity};
 use crate::strategy::service::allocation::ServiceNetwork;
@@ -251,7 +252,8 @@ impl ApiServer {
             let (method, headers) = (parts.method.clone(), parts.headers.clone());
             connect_verb(&call, connect::Incoming { method, headers, upgrade, body }).await
         } else {
-            dispatch(&call, body).await
+            let limit = deadline::of(&query)?;
+            if info.verb == "watch" { dispatch(&call, body).await } else { within(limit, dispatch(&call, body)).await }
         };
         let warnings = call.warnings.into_inner();
         let mut response = match answer {

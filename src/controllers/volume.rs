@@ -280,7 +280,13 @@ impl Binder {
         match plan_volume(&volume, claim.as_ref()) {
             VolumePlan::Phase(phase) => self.set_volume_phase(&object, phase, None).await?,
             VolumePlan::Wait => {}
-            VolumePlan::Release => self.release(&object, &volume).await?,
+            VolumePlan::Release => {
+                // Data is at stake: the last word has the API, not the cache.
+                if self.claim_exists(&volume).await? {
+                    return Err(ReconcileError::NotYet("the cache is behind the claim of a volume".to_owned()));
+                }
+                self.release(&object, &volume).await?;
+            }
             VolumePlan::Unbind(forgets) => {
                 let version = object.resource_version.to_string();
                 let patch = if forgets {
@@ -295,6 +301,18 @@ impl Binder {
             }
         }
         Ok(Next::Done)
+    }
+
+    /// Whether the API has the very claim that a volume refers to.
+    async fn claim_exists(&self, volume: &PersistentVolume) -> Result<bool, ReconcileError> {
+        let Some(reference) = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref()) else { return Ok(false) };
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let key = Key::new(&text(&reference.namespace), &text(&reference.name));
+        match self.api.get::<PersistentVolumeClaim>(&PERSISTENT_VOLUME_CLAIMS, &key).await {
+            Ok(claim) => Ok(claim.metadata.uid == reference.uid),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn release(&self, object: &Object, volume: &PersistentVolume) -> Result<(), ReconcileError> {
