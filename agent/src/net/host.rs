@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::NetworkError;
 use super::config::NetworkConfig;
 use super::netlink::message::Batch;
-use super::netlink::route::{Link, Route, SCOPE_HOST};
+use super::netlink::route::{Link, Route, SCOPE_HOST, Veth};
 use super::netlink::{NetlinkError, Socket};
 use super::sysctl::Sysctls;
+use super::{NetworkError, names};
 
 /// Of a node whose link is not found.
 const ETHERNET: u32 = 1500;
@@ -34,6 +34,7 @@ pub fn prepare(config: &NetworkConfig) -> Result<HostFacts, NetworkError> {
     let sysctls = Sysctls::new(config.agent_dir.join(SYSCTL_FILE));
     sysctls.set("net/ipv4/ip_forward", "1")?;
     if config.cluster_cidrs.iter().any(|cidr| cidr.addr().is_ipv6()) {
+        keep_advertised_routes(&sysctls)?;
         sysctls.set("net/ipv6/conf/all/forwarding", "1")?;
     }
     let mut socket = Socket::route().map_err(NetlinkError::from)?;
@@ -48,12 +49,68 @@ pub fn prepare(config: &NetworkConfig) -> Result<HostFacts, NetworkError> {
         // Scope host: never chosen as source of what the node sends elsewhere.
         batch.add_address(loopback.index, IpNet::from(*dns), SCOPE_HOST);
     }
+    socket.apply(&mut batch)?;
+    let sink = services_link(&mut socket, config, loopback.index)?;
+    let mut batch = Batch::new();
     for cidr in &config.service_cidrs {
         let source = config.node_ips.iter().copied().find(|ip| same_family(*ip, *cidr) && is_local(&addresses, *ip));
-        batch.add_route(&Route { source, ..Route::by(loopback.index, *cidr) });
+        let device = if cidr.addr().is_ipv6() { sink } else { loopback.index };
+        batch.add_route(&Route { source, ..Route::by(device, *cidr) });
     }
     socket.apply(&mut batch)?;
     Ok(HostFacts { mtu: pod_mtu(config, &links, &addresses) })
+}
+
+/// Where routes to IPv6 Services lead: packets are rewritten or refused before they get there. Linux makes routes to
+/// the loopback link unreachable ones for IPv6 (`fib6_is_reject`), so it is a link of its own, of the kind that there is
+/// wherever there are pods.
+fn services_link(socket: &mut Socket, config: &NetworkConfig, loopback: u32) -> Result<u32, NetworkError> {
+    use std::os::fd::AsRawFd;
+    if !config.service_cidrs.iter().any(|cidr| cidr.addr().is_ipv6()) {
+        return Ok(loopback);
+    }
+    let [name, other] = names::services_links(&config.instance_id);
+    let path = std::path::PathBuf::from("/proc/thread-self/ns/net");
+    let here = std::fs::File::open(&path).map_err(|source| NetworkError::Namespace { path, source })?;
+    if socket.link(&name)?.is_none() {
+        let (mac, peer_mac) = names::macs(&config.instance_id, "services");
+        let mut batch = Batch::new();
+        batch.add_veth(&Veth {
+            name: &name,
+            alias: &names::link_alias(&config.instance_id, "services"),
+            mac,
+            peer_name: &other,
+            peer_mac,
+            peer_netns: here.as_raw_fd(),
+            mtu: ETHERNET,
+        });
+        socket.apply(&mut batch)?;
+    }
+    let (Some(link), Some(other)) = (socket.link(&name)?, socket.link(&other)?) else {
+        return Err(NetlinkError::Answer("create the link of Services").into());
+    };
+    let mut batch = Batch::new();
+    batch.set_alias(link.index, &names::link_alias(&config.instance_id, "services"));
+    batch.set_up(link.index, &[], false);
+    batch.set_up(other.index, &[], false);
+    socket.apply(&mut batch)?;
+    Ok(link.index)
+}
+
+/// A machine that forwards IPv6 ignores router advertisements, and with them its own default route, where `accept_ra` is
+/// 1; at 2 it does not (Documentation/networking/ip-sysctl.rst).
+fn keep_advertised_routes(sysctls: &Sysctls) -> Result<(), NetworkError> {
+    let Ok(links) = std::fs::read_dir("/proc/sys/net/ipv6/conf") else { return Ok(()) };
+    for name in links.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+        let setting = format!("net/ipv6/conf/{name}/accept_ra");
+        let accepts = std::fs::read_to_string(format!("/proc/sys/{setting}")).is_ok_and(|value| value.trim() == "1");
+        // Links of pods inherit "default": no pod may tell the node a route.
+        let machines = !["all", "default", LOOPBACK].contains(&name.as_str());
+        if accepts && machines && !name.starts_with(names::LINK_PREFIX) {
+            sysctls.set(&setting, "2")?;
+        }
+    }
+    Ok(())
 }
 
 /// What the smallest of the node's ways to other nodes carries.

@@ -17,7 +17,9 @@
 //! | [`nft`] | nftables transactions |
 //! | [`netlink`] | sockets, messages, links, routes, conntrack |
 //! | `feed` | one watch per collection for all who follow it |
+//! | [`recall`] | last known objects on disk, for a start without a server |
 //! | `mailbox` | how threads are told things |
+//! | `contain` | threads that outlive a panic |
 //! | [`names`] | names of links and tables, gateway addresses |
 //! | [`teardown`] | what `coracle uninstall` calls |
 //! | [`check`] | what the kernel must have |
@@ -25,6 +27,7 @@
 pub mod attach;
 pub mod check;
 pub mod config;
+mod contain;
 mod feed;
 pub mod host;
 pub mod ipam;
@@ -36,6 +39,7 @@ pub mod nft;
 pub mod nodes;
 pub mod overlay;
 pub mod proxy;
+pub mod recall;
 pub mod sysctl;
 pub mod teardown;
 

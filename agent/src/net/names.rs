@@ -15,12 +15,17 @@ pub const POD_GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 /// As [`POD_GATEWAY_V4`].
 pub const POD_GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
-/// How the names of the overlay's links begin.
+/// How the names of the instance's other links begin.
 pub const OVERLAY_PREFIX: &str = "co";
 
 /// The overlay's link over machines' IPv4 (`co4-<id>`) or IPv6 addresses (`co6-<id>`).
 pub fn overlay_link(instance_id: &str, ipv6: bool) -> String {
     format!("{OVERLAY_PREFIX}{}-{instance_id}", if ipv6 { 6 } else { 4 })
+}
+
+/// The link that IPv6 Services are routed to (`cos-<id>`), and its other end, where nothing ever arrives.
+pub fn services_links(instance_id: &str) -> [String; 2] {
+    ["s", "t"].map(|end| format!("{OVERLAY_PREFIX}{end}-{instance_id}"))
 }
 
 /// Hardware address of a node's overlay link. Every node knows it of every other by the name alone.

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::attach::{self, PodLink};
 use super::config::NetworkConfig;
-use super::feed::{self, Follower};
+use super::feed::{Feed, Follower, Relist};
 use super::host::{self, HostFacts};
 use super::ipam::{Attachment, Ipam};
 use super::mailbox::Mailbox;
@@ -22,7 +22,7 @@ use super::netlink::route::Link;
 use super::netlink::{NetlinkError, Socket};
 use super::nodes::Node;
 use super::proxy::plan::LocalPod;
-use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, overlay, proxy};
+use super::{NetworkError, PodAddresses, PodNetwork, PodNetworkRequest, names, overlay, proxy, recall};
 use crate::dns;
 use crate::watch::Event;
 
@@ -76,20 +76,23 @@ impl Network {
             Ok((config, facts, ipam))
         })
         .await?;
-        let failed = |source| NetworkError::Kernel { step: "start the service proxy".into(), source };
+        let failed = |step: &str, source| NetworkError::Kernel { step: step.to_owned(), source };
+        let relist = Relist::new();
         let proxy = if parts.service_proxy {
             let (health, followed) = watch::channel(Default::default());
             tokio::spawn(proxy::health::serve(followed));
-            Some(proxy::start(&config, health).map_err(failed)?)
+            let (config, relist) = (config.clone(), relist.clone());
+            let started = on_thread(move || Ok(proxy::start(&config, health, Box::new(move || relist.ask())))).await?;
+            Some(started.map_err(|source| failed("start the service proxy", source))?)
         } else {
             None
         };
-        let overlay = overlay::start(&config);
-        let overlay = overlay.map_err(|source| NetworkError::Kernel { step: "start the overlay".into(), source })?;
-        follow_services(&config, parts, proxy.as_ref(), &client, shutdown);
+        let (ours, asking) = (config.clone(), relist.clone());
+        let overlay = on_thread(move || Ok(overlay::start(&ours, Box::new(move || asking.ask())))).await?;
+        let overlay = overlay.map_err(|source| failed("start the overlay", source))?;
         let network = Self::assemble(config, facts, ipam, proxy);
         network.announce_all();
-        network.follow_nodes(overlay, &client, shutdown);
+        network.follow(parts, overlay, &client, &relist, shutdown)?;
         Ok(network)
     }
 
@@ -103,20 +106,57 @@ impl Network {
         Self { inner: Arc::new(Inner { config, facts, ipam: Mutex::new(ipam), ranges, proxy }) }
     }
 
-    /// One watch of all nodes: the own one tells the pod ranges, all of them the ways to other pods.
-    fn follow_nodes(&self, overlay: Mailbox<overlay::Input>, client: &kube::Client, shutdown: &CancellationToken) {
+    /// Starts the watches, and the DNS responder that hangs on them. One watch of all nodes: the own one tells the pod
+    /// ranges and the zone, all of them the ways to other pods.
+    fn follow(
+        &self,
+        parts: Parts,
+        overlay: Mailbox<overlay::Input>,
+        client: &kube::Client,
+        relist: &Relist,
+        shutdown: &CancellationToken,
+    ) -> Result<(), NetworkError> {
+        let config = &self.inner.config;
+        let (sender, events) = tokio::sync::mpsc::unbounded_channel();
+        let to_dns = |source: dns::Source| -> Option<Follower> {
+            let sender = sender.clone();
+            parts.dns.then(|| Box::new(move |event| drop(sender.send((source, event)))) as Follower)
+        };
+        let to_proxy = |wrap: fn(Event) -> proxy::Input| -> Option<Follower> {
+            let sender = self.inner.proxy.clone()?;
+            Some(Box::new(move |event| sender.tell(wrap(event))))
+        };
         let network = self.clone();
-        let own: Follower = Box::new(move |event| network.take_own_ranges(&event));
+        let own: Follower = Box::new(move |event| network.take_own_node(&event));
         let all: Follower = Box::new(move |event| overlay.tell(overlay::Input::Node(event)));
-        feed::follow(client, "/api/v1/nodes", vec![own, all], shutdown);
+        let sources = [
+            (recall::SERVICES, [to_proxy(proxy::Input::Service), to_dns(dns::Source::Services)]),
+            (recall::SLICES, [to_proxy(proxy::Input::Slice), to_dns(dns::Source::Slices)]),
+            (recall::NAMESPACES, [None, to_dns(dns::Source::Namespaces)]),
+            (recall::NODES, [Some(own), Some(all)]),
+        ];
+        let collections: Vec<_> = sources.iter().map(|(collection, _)| *collection).collect();
+        let (recorder, known) = recall::recall(&config.agent_dir.join("net"), &collections)
+            .map_err(|source| NetworkError::Kernel { step: "start a thread".into(), source })?;
+        for (index, ((collection, followers), known)) in sources.into_iter().zip(known).enumerate() {
+            let feed = Feed { collection, known, recorder: recorder.clone(), index };
+            feed.follow(client, followers.into_iter().flatten().collect(), relist, shutdown);
+        }
+        if parts.dns {
+            dns::start(&config.cluster_domain, &config.cluster_dns, config.resolv_conf.clone(), events, shutdown);
+        }
+        Ok(())
     }
 
-    fn take_own_ranges(&self, event: &Event) {
+    fn take_own_node(&self, event: &Event) {
         let Event::Applied(object) = event else { return };
         if object.name != self.inner.config.node_name {
             return;
         }
         let Ok(node) = Node::parse(&object.json) else { return };
+        if let Some(proxy) = &self.inner.proxy {
+            proxy.tell(proxy::Input::Zone(node.zone));
+        }
         if node.pod_cidrs.is_empty() || *self.inner.ranges.borrow() == node.pod_cidrs {
             return;
         }
@@ -231,35 +271,6 @@ impl Network {
         let keep: BTreeSet<String> = live.iter().map(|uid| names::link_alias(&instance, uid)).collect();
         let lost = move |link: &Link| link.name.starts_with(names::LINK_PREFIX) && !keep.contains(&link.alias);
         on_thread(move || super::teardown::delete_links(&instance, lost)).await
-    }
-}
-
-/// Starts the watches, and the DNS responder that hangs on them.
-fn follow_services(
-    config: &NetworkConfig,
-    parts: Parts,
-    proxy: Option<&Mailbox<proxy::Input>>,
-    client: &kube::Client,
-    shutdown: &CancellationToken,
-) {
-    let (sender, events) = tokio::sync::mpsc::unbounded_channel();
-    let to_dns = |source: dns::Source| -> Option<Follower> {
-        let sender = sender.clone();
-        parts.dns.then(|| Box::new(move |event| drop(sender.send((source, event)))) as Follower)
-    };
-    let to_proxy = |wrap: fn(Event) -> proxy::Input| -> Option<Follower> {
-        let sender = proxy?.clone();
-        Some(Box::new(move |event| sender.tell(wrap(event))))
-    };
-    for (path, followers) in [
-        ("/api/v1/services", [to_proxy(proxy::Input::Service), to_dns(dns::Source::Services)]),
-        ("/apis/discovery.k8s.io/v1/endpointslices", [to_proxy(proxy::Input::Slice), to_dns(dns::Source::Slices)]),
-        ("/api/v1/namespaces", [None, to_dns(dns::Source::Namespaces)]),
-    ] {
-        feed::follow(client, path, followers.into_iter().flatten().collect(), shutdown);
-    }
-    if parts.dns {
-        dns::start(&config.cluster_domain, &config.cluster_dns, config.resolv_conf.clone(), events, shutdown);
     }
 }
 

@@ -61,7 +61,7 @@ impl Batch {
 }
 
 /// Device, address and hardware address of an entry that does not age.
-pub(super) fn entry(payload: &[u8]) -> Option<(u32, IpAddr, Mac)> {
+fn entry(payload: &[u8]) -> Option<(u32, IpAddr, Mac)> {
     let attributes = payload.get(12..)?;
     let state = u16::from_ne_bytes(payload.get(8..10)?.try_into().ok()?);
     if state & NUD_PERMANENT == 0 {

@@ -292,8 +292,8 @@ pub enum Notice {
     Address,
     /// A route of ours went.
     RouteGone(Route),
-    /// A neighbour or forwarding entry went.
-    NeighbourGone,
+    /// A neighbour or forwarding entry of a device went.
+    NeighbourGone(u32),
 }
 
 /// Reads a notification; `None` when it is of no interest here.
@@ -302,7 +302,7 @@ pub fn notice(kind: u16, payload: &[u8]) -> Option<Notice> {
         RTM_NEWLINK | RTM_DELLINK => link(payload).map(Notice::Link),
         RTM_NEWADDR | RTM_DELADDR => Some(Notice::Address),
         RTM_DELROUTE => route(payload).map(Notice::RouteGone),
-        super::neighbour::RTM_DELNEIGH => super::neighbour::entry(payload).map(|_| Notice::NeighbourGone),
+        super::neighbour::RTM_DELNEIGH => Some(Notice::NeighbourGone(u32_at(payload, 4))),
         _ => None,
     }
 }

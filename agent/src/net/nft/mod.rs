@@ -465,6 +465,13 @@ fn write_verdict(data: &mut Writer<'_>, verdict: expr::Verdict<'_>) {
     });
 }
 
+/// Whether a notification says that something of the table has gone.
+pub fn is_loss(kind: u16, payload: &[u8], table: &str) -> bool {
+    // The table's name is the first attribute of all of them.
+    [DELTABLE, DELCHAIN, DELRULE, DELSET, DELSETELEM].contains(&kind)
+        && attribute(payload.get(4..).unwrap_or_default(), NFTA_TABLE_NAME).map(text).as_deref() == Some(table)
+}
+
 impl Socket {
     /// Flags of the table, if it exists.
     pub fn table(&mut self, family: Family, name: &str) -> Result<Option<u32>, NetlinkError> {

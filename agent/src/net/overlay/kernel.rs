@@ -33,6 +33,8 @@ pub struct Outcome {
     pub changes: usize,
     /// What remains to be done.
     pub refusals: BTreeSet<Refusal>,
+    /// The links that are there, by their index.
+    pub links: BTreeMap<Underlay, u32>,
 }
 
 /// The routes and links of the namespace in which it was opened.
@@ -81,6 +83,7 @@ impl Kernel {
             }
         }
         self.routes(&desired.routes(own, &indexes), &mut outcome)?;
+        outcome.links = indexes;
         Ok(outcome)
     }
 

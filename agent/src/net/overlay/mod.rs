@@ -8,23 +8,29 @@
 //! | [`backend`] | `--flannel-backend` |
 //! | [`plan`] | what the kernel is to hold (pure) |
 //! | [`kernel`] | the difference to what it holds, and the changes |
+//! | [`probe`] | whether packets get through |
 //!
 //! | task | owns | lives |
 //! | --- | --- | --- |
 //! | thread `overlay` | nodes and netlink socket | until every sender is gone |
 //! | thread `overlay-changes` | a listening socket | some seconds longer |
+//! | thread `overlay-probe` | peers that are to be asked | from the first peer on, as long as the thread |
 
 pub mod backend;
 pub mod kernel;
 pub mod plan;
+pub mod probe;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub use backend::{Backend, BackendError};
 
 use super::config::NetworkConfig;
+use super::contain::contain;
 use super::mailbox::{Inbox, Mailbox, Nothing, mailbox};
 use super::names;
 use super::netlink::changes;
@@ -33,7 +39,8 @@ use super::netlink::{NetlinkError, Socket};
 use super::nodes::Node;
 use crate::watch::Event;
 use kernel::{Kernel, Outcome, Refusal};
-use plan::{Desired, Own};
+use plan::{Desired, Own, Underlay};
+use probe::Peer;
 
 /// A look at the kernel begins when nothing new came for so long …
 const QUIET: Duration = Duration::from_millis(10);
@@ -55,20 +62,21 @@ pub(super) enum Input {
 }
 
 /// Starts the thread, in the namespace of the calling one; it ends when the mailbox is gone. Nothing changes until all
-/// Nodes were listed.
+/// Nodes were listed. `relist` has them listed anew, after a panic.
 ///
 /// # Errors
 /// No netlink socket or no thread.
-pub(super) fn start(config: &NetworkConfig) -> std::io::Result<Mailbox<Input>> {
+pub(super) fn start(config: &NetworkConfig, relist: Box<dyn Fn() + Send>) -> std::io::Result<Mailbox<Input>> {
     let (sender, inbox) = mailbox();
     let kernel = Kernel::open(config.cluster_cidrs.clone())?;
     let own_port = kernel.port()?;
-    let relevant = move |kind, port, payload: &[u8]| port != own_port && is_relevant(notice(kind, payload));
+    let devices = Devices::default();
+    let watched = devices.clone();
     changes::listen(
         "overlay-changes",
         Socket::route()?,
         &changes::ROUTE_GROUPS,
-        move |header, payload| relevant(header.kind, header.port, payload),
+        move |header, payload| header.port != own_port && is_relevant(notice(header.kind, payload), &watched),
         sender.informer(),
         Input::Disturbed,
     )?;
@@ -82,24 +90,33 @@ pub(super) fn start(config: &NetworkConfig) -> std::io::Result<Mailbox<Input>> {
         own,
         node_ips: config.node_ips.clone(),
         kernel,
+        devices,
         nodes: BTreeMap::new(),
         unseen: None,
         listed: false,
         told: BTreeSet::new(),
         retry: None,
+        relist,
+        probe: None,
         #[cfg(test)]
         barriers: Vec::new(),
     };
-    std::thread::Builder::new().name("overlay".into()).spawn(move || worker.run(&inbox))?;
+    std::thread::Builder::new()
+        .name("overlay".into())
+        .spawn(move || contain("overlay", worker, |worker| worker.run(&inbox), Worker::recover))?;
     Ok(sender)
 }
 
-/// Links of pods come and go, with their own routes and neighbours; all else may be the overlay's.
-fn is_relevant(notice: Option<Notice>) -> bool {
+/// Indexes of the overlay's links, 0 for none.
+type Devices = Arc<[AtomicU32; 2]>;
+
+/// Links of pods come and go, with their own routes; neighbours of machines do. All else may be the overlay's.
+fn is_relevant(notice: Option<Notice>, devices: &Devices) -> bool {
     match notice {
         Some(Notice::Link(link)) => !link.name.starts_with(names::LINK_PREFIX),
         Some(Notice::RouteGone(route)) => route.to.prefix_len() < route.to.max_prefix_len(),
-        Some(Notice::Address | Notice::NeighbourGone) => true,
+        Some(Notice::Address) => true,
+        Some(Notice::NeighbourGone(from)) => devices.iter().any(|device| device.load(Ordering::Relaxed) == from),
         None => false,
     }
 }
@@ -108,6 +125,8 @@ struct Worker {
     own: Own,
     node_ips: Vec<IpAddr>,
     kernel: Kernel,
+    /// Shared with the thread that listens.
+    devices: Devices,
     nodes: BTreeMap<String, Node>,
     /// Nodes that the list in progress has not shown yet.
     unseen: Option<BTreeSet<String>>,
@@ -117,12 +136,23 @@ struct Worker {
     told: BTreeSet<Refusal>,
     /// When to look again although nothing is new.
     retry: Option<Duration>,
+    /// Has the nodes listed anew.
+    relist: Box<dyn Fn() + Send>,
+    /// Asks new peers; started with the first one.
+    probe: Option<Mailbox<BTreeSet<Peer>>>,
     #[cfg(test)]
     barriers: Vec<std::sync::mpsc::Sender<BTreeSet<Refusal>>>,
 }
 
 impl Worker {
-    fn run(mut self, inbox: &Inbox<Input>) {
+    /// The event that was being taken is lost, and so the nodes are not all known.
+    fn recover(&mut self) {
+        self.unseen = None;
+        self.retry = Some(RETRY.0);
+        (self.relist)();
+    }
+
+    fn run(&mut self, inbox: &Inbox<Input>) {
         loop {
             match inbox.receive(self.retry) {
                 Ok(input) => self.take(input),
@@ -176,6 +206,7 @@ impl Worker {
         let refusals = match self.try_sync() {
             Ok((desired, outcome)) => {
                 if outcome.changes > 0 {
+                    self.probe(&desired);
                     tracing::info!(
                         nodes = self.nodes.len(),
                         ways = desired.ways.len(),
@@ -202,10 +233,27 @@ impl Worker {
         self.told = refusals;
     }
 
+    /// Has the other nodes asked whether packets get through.
+    fn probe(&mut self, desired: &Desired) {
+        let peers = desired.peers(&self.nodes);
+        if self.probe.is_none() && !peers.is_empty() {
+            match probe::start() {
+                Ok(mailbox) => self.probe = Some(mailbox),
+                Err(error) => tracing::warn!(%error, "cannot ask other nodes whether packets get through"),
+            }
+        }
+        if let Some(mailbox) = &self.probe {
+            mailbox.tell(peers);
+        }
+    }
+
     fn try_sync(&mut self) -> Result<(Desired, Outcome), NetlinkError> {
         self.own.addresses = self.kernel.addresses(&self.node_ips)?;
         let desired = plan::desired(&self.own, &self.nodes);
         let outcome = self.kernel.sync(&self.own, &desired)?;
+        for (device, underlay) in self.devices.iter().zip(Underlay::ALL) {
+            device.store(outcome.links.get(&underlay).copied().unwrap_or_default(), Ordering::Relaxed);
+        }
         Ok((desired, outcome))
     }
 }

@@ -11,6 +11,7 @@ use super::super::netlink::route::{Mac, Route};
 use super::super::netlink::vxlan::Vxlan;
 use super::super::nodes::Node;
 use super::Backend;
+use super::probe::Peer;
 
 /// Network identifier of all our VXLAN links: "co". Not flannel's 1, which may run on the same machine.
 pub const VNI: u32 = 0x636f;
@@ -197,6 +198,19 @@ impl Desired {
             }
         };
         self.ways.iter().filter_map(route).collect()
+    }
+}
+
+impl Desired {
+    /// The nodes that are reached through links, as the probe asks them.
+    pub fn peers(&self, nodes: &BTreeMap<String, Node>) -> BTreeSet<Peer> {
+        let peer = |node: &Node, range: &IpNet| {
+            let Some(Way::Link(underlay, overlay)) = self.ways.get(range) else { return None };
+            let machine = node.internal_ip(underlay.is_ipv6())?;
+            let mtu = self.links.get(underlay)?.vxlan.mtu;
+            Some(Peer { node: node.name.clone(), machine, overlay: *overlay, mtu })
+        };
+        nodes.values().flat_map(|node| node.pod_cidrs.iter().filter_map(move |range| peer(node, range))).collect()
     }
 }
 

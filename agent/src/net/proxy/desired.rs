@@ -118,19 +118,65 @@ pub fn frontends(service: &Service, families: &[Family]) -> Vec<Frontend> {
     found
 }
 
+/// Which endpoints traffic may go to.
+#[derive(Debug, Clone, Copy)]
+pub enum Reach<'a> {
+    /// Those on this node.
+    Node,
+    /// All, or those that hints give to this node or its zone.
+    Cluster(&'a NodeFacts),
+}
+
 /// The endpoints that a port's traffic goes to: ready ones, or, when there is none, those that still serve while they
 /// terminate (KEP-1669).
-pub fn usable(endpoints: &[(Endpoint, u16)], local_only: bool) -> Vec<(IpAddr, u16)> {
-    let pick = |wanted: fn(&Endpoint) -> bool| {
+pub fn usable(endpoints: &[(Endpoint, u16)], reach: Reach<'_>) -> Vec<(IpAddr, u16)> {
+    let hinted = match reach {
+        Reach::Node => Hinted::Nobody,
+        Reach::Cluster(node) => hints(endpoints, node),
+    };
+    let pick = |wanted: &dyn Fn(&Endpoint) -> bool| {
         let found: BTreeSet<(IpAddr, u16)> = endpoints
             .iter()
-            .filter(|(endpoint, _)| wanted(endpoint) && (endpoint.local || !local_only))
+            .filter(|(endpoint, _)| wanted(endpoint) && (endpoint.local || matches!(reach, Reach::Cluster(_))))
             .map(|(endpoint, port)| (endpoint.ip, *port))
             .collect();
         found.into_iter().collect::<Vec<_>>()
     };
-    let ready = pick(|endpoint| endpoint.ready);
-    if ready.is_empty() { pick(|endpoint| endpoint.serving && endpoint.terminating) } else { ready }
+    let ready = pick(&|endpoint| endpoint.ready && hinted.gives(endpoint));
+    if ready.is_empty() { pick(&|endpoint| endpoint.serving && endpoint.terminating) } else { ready }
+}
+
+/// Whom the hints of all ready endpoints together are followed for.
+#[derive(Debug, Clone, Copy)]
+enum Hinted<'a> {
+    Nobody,
+    Node(&'a str),
+    Zone(&'a str),
+}
+
+impl Hinted<'_> {
+    fn gives(self, endpoint: &Endpoint) -> bool {
+        match self {
+            Self::Nobody => true,
+            Self::Node(name) => endpoint.for_nodes.iter().any(|hint| hint == name),
+            Self::Zone(zone) => endpoint.for_zones.iter().any(|hint| hint == zone),
+        }
+    }
+}
+
+/// Hints are followed when every ready endpoint has one and one of them is for us (KEP-2433, KEP-3015).
+fn hints<'a>(endpoints: &[(Endpoint, u16)], node: &'a NodeFacts) -> Hinted<'a> {
+    let ready = || endpoints.iter().map(|(endpoint, _)| endpoint).filter(|endpoint| endpoint.ready);
+    let holds = |hinted: Hinted<'_>, hints: fn(&Endpoint) -> &[String]| {
+        ready().all(|endpoint| !hints(endpoint).is_empty()) && ready().any(|endpoint| hinted.gives(endpoint))
+    };
+    if holds(Hinted::Node(&node.name), |endpoint| &endpoint.for_nodes) {
+        return Hinted::Node(&node.name);
+    }
+    match &node.zone {
+        Some(zone) if holds(Hinted::Zone(zone), |endpoint| &endpoint.for_zones) => Hinted::Zone(zone),
+        _ => Hinted::Nobody,
+    }
 }
 
 /// Endpoints of one port in one family, with their port numbers.
@@ -157,6 +203,10 @@ pub struct NodeFacts {
     pub families: Vec<Family>,
     /// Addresses whose frontends a local socket answers.
     pub cluster_dns: Vec<IpAddr>,
+    /// The node's name, for hints.
+    pub name: String,
+    /// The node's zone, for hints.
+    pub zone: Option<String>,
 }
 
 /// What `service` wants in the kernel, given its slices, for the frontends that it has been granted.
@@ -171,8 +221,8 @@ pub fn contribution<'a>(
     for family in &node.families {
         for port in &service.ports {
             let all = endpoints_of(port, *family, slices.clone());
-            let cluster = usable(&all, false);
-            let local = usable(&all, true);
+            let cluster = usable(&all, Reach::Cluster(node));
+            let local = usable(&all, Reach::Node);
             let mut builder = Builder { key, service, port, family: *family, out: &mut out };
             let own = Service { ports: vec![port.clone()], ..service.clone() };
             for frontend in frontends(&own, &[*family]).into_iter().filter(|frontend| granted(frontend)) {

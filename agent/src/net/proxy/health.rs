@@ -3,7 +3,7 @@
 //! Just enough HTTP for a probe: whatever is asked, the answer is the state, and the connection closes.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -44,7 +44,7 @@ pub async fn serve(mut health: watch::Receiver<Health>) {
 
 async fn listen(port: u16, health: watch::Receiver<Health>) {
     loop {
-        match TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await {
+        match bind(port).await {
             Ok(listener) => {
                 while let Ok((stream, _)) = listener.accept().await {
                     let state = health.borrow().get(&port).cloned();
@@ -54,6 +54,16 @@ async fn listen(port: u16, health: watch::Receiver<Health>) {
             Err(error) => tracing::warn!(port, %error, "health check port is not available"),
         }
         tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// All addresses of both families, or of IPv4 on a machine without IPv6.
+async fn bind(port: u16) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await {
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await
+        }
+        result => result,
     }
 }
 

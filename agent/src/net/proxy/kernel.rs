@@ -1,8 +1,8 @@
 //! The proxy's hand on the kernel: the tables of one instance.
 //!
 //! Where the kernel has it (6.9) the tables are owned and persistent: nobody else can flush them, they stay when this
-//! process dies, and the next one adopts them. On older kernels they are plain tables: what a
-//! foreign flush takes comes back with the next change, which the kernel refuses and which so leads to a rebuild.
+//! process dies, and the next one adopts them. On older kernels they are plain tables: a listening thread tells of a
+//! foreign flush, and what it took comes back.
 
 use std::io;
 
@@ -28,6 +28,30 @@ impl Kernel {
     /// Opens the socket; touches nothing.
     pub fn open(table: String, families: Vec<Settings>) -> io::Result<Self> {
         Ok(Self { socket: Socket::netfilter()?, table, families, flags: TABLE_OWNER | TABLE_PERSIST })
+    }
+
+    /// The same tables by another socket.
+    pub fn reopened(&self) -> io::Result<Self> {
+        let families = self.families.clone();
+        Ok(Self { socket: Socket::netfilter()?, table: self.table.clone(), families, flags: self.flags })
+    }
+
+    /// Name of the tables.
+    pub fn table(&self) -> &str {
+        &self.table
+    }
+
+    /// How the kernel names this socket in notifications.
+    pub fn port(&self) -> io::Result<u32> {
+        self.socket.port()
+    }
+
+    /// Does without ownership, as on a kernel that has none.
+    #[cfg(test)]
+    pub(super) fn unprotect(&mut self) -> Result<(), NetlinkError> {
+        self.delete()?;
+        self.flags = 0;
+        Ok(())
     }
 
     /// Whether tables of this name exist in all families, e.g. from before a restart.

@@ -12,9 +12,12 @@
 //! | task | owns | lives |
 //! | --- | --- | --- |
 //! | thread `service-proxy` | plan and netlink socket | until every sender is gone |
+//! | thread `nftables-changes` | a listening socket | with tables that others can flush |
 //! | task | listeners for health checks | as long as the thread |
 
 pub mod desired;
+#[cfg(test)]
+mod golden;
 pub mod health;
 pub mod kernel;
 pub mod model;
@@ -25,8 +28,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::config::NetworkConfig;
-use super::mailbox::{Inbox, Mailbox, Nothing, mailbox};
-use super::nft::Family;
+use super::contain::contain;
+use super::mailbox::{Inbox, Informer, Mailbox, Nothing, mailbox};
+use super::netlink::{Socket, changes};
+use super::nft::{self, Family};
 use crate::watch::Event;
 use desired::NodeFacts;
 use kernel::Kernel;
@@ -42,7 +47,7 @@ const LATEST: Duration = Duration::from_millis(25);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// What the proxy's thread is told.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Input {
     /// From the watch of Services.
     Service(Event),
@@ -50,20 +55,36 @@ pub(super) enum Input {
     Slice(Event),
     /// A pod was attached or (`None`) detached.
     Pod(String, Option<LocalPod>),
+    /// The zone that this node is in.
+    Zone(Option<String>),
+    /// Another program changed our tables.
+    Disturbed,
+    /// Tables that others can flush, as on kernels before 6.9.
+    #[cfg(test)]
+    Unprotected,
+    /// Something that nobody thought of.
+    #[cfg(test)]
+    Panic,
     /// Answer when everything said before is in the kernel.
     #[cfg(test)]
     Barrier(std::sync::mpsc::Sender<Option<String>>),
 }
 
 /// Starts the proxy's thread; it ends when the sender is gone. Nothing changes in a table from before until all
-/// Services and EndpointSlices were listed.
+/// Services and EndpointSlices were listed. `relist` has them listed anew, after a panic.
 pub(super) fn start(
     config: &NetworkConfig,
     health: tokio::sync::watch::Sender<health::Health>,
+    relist: Box<dyn Fn() + Send>,
 ) -> std::io::Result<Mailbox<Input>> {
     let (sender, inbox) = mailbox();
     let kernel = Kernel::open(super::names::table(&config.instance_id), settings(config))?;
-    let facts = NodeFacts { families: families(config), cluster_dns: config.cluster_dns.clone() };
+    let facts = NodeFacts {
+        families: families(config),
+        cluster_dns: config.cluster_dns.clone(),
+        name: config.node_name.clone(),
+        zone: None,
+    };
     let worker = Worker {
         plan: Plan::new(facts),
         kernel,
@@ -74,8 +95,12 @@ pub(super) fn start(
         barriers: Vec::new(),
         health,
         refused: None,
+        relist,
+        informer: Some(sender.informer()),
     };
-    std::thread::Builder::new().name("service-proxy".into()).spawn(move || worker.run(&inbox))?;
+    std::thread::Builder::new()
+        .name("service-proxy".into())
+        .spawn(move || contain("service-proxy", worker, |worker| worker.run(&inbox), Worker::recover))?;
     Ok(sender)
 }
 
@@ -122,10 +147,27 @@ struct Worker {
     health: tokio::sync::watch::Sender<health::Health>,
     /// Why the kernel does not hold what the plan says.
     refused: Option<String>,
+    /// Has Services and EndpointSlices listed anew.
+    relist: Box<dyn Fn() + Send>,
+    /// For the thread that listens for foreign changes, until it was started.
+    informer: Option<Informer<Input>>,
 }
 
 impl Worker {
-    fn run(mut self, inbox: &Inbox<Input>) {
+    /// The event that was being taken is lost and what derives from others may be half done.
+    fn recover(&mut self) {
+        self.plan = std::mem::take(&mut self.plan).from_inputs();
+        self.listed = Listed { services: None, slices: None, ..std::mem::take(&mut self.listed) };
+        self.built = false;
+        // A fresh socket cannot have half an answer in it; the table that the old one owned can be adopted.
+        match self.kernel.reopened() {
+            Ok(kernel) => self.kernel = kernel,
+            Err(error) => tracing::error!(%error, "no other netlink socket"),
+        }
+        (self.relist)();
+    }
+
+    fn run(&mut self, inbox: &Inbox<Input>) {
         self.before_first_list();
         loop {
             match inbox.receive(self.wants_rebuild().then_some(RETRY)) {
@@ -172,6 +214,15 @@ impl Worker {
             Input::Service(event) => self.service(event),
             Input::Slice(event) => self.slice(event),
             Input::Pod(uid, pod) => self.plan.set_pod(&uid, pod),
+            Input::Zone(zone) => self.plan.set_zone(zone),
+            Input::Disturbed => self.built = false,
+            #[cfg(test)]
+            Input::Unprotected => {
+                self.kernel.unprotect().unwrap();
+                self.built = false;
+            }
+            #[cfg(test)]
+            Input::Panic => panic!("told to"),
             #[cfg(test)]
             Input::Barrier(sender) => self.barriers.push(sender),
         }
@@ -227,6 +278,28 @@ impl Worker {
         }
     }
 
+    /// Tables that belong to nobody are flushed by whoever reloads a firewall: have that told.
+    fn guard_tables(&mut self) {
+        if self.kernel.is_owner() {
+            return;
+        }
+        let Some(informer) = self.informer.take() else { return };
+        let listened = self.kernel.port().and_then(|own| {
+            let table = self.kernel.table().to_owned();
+            changes::listen(
+                "nftables-changes",
+                Socket::netfilter()?,
+                &changes::NFTABLES_GROUPS,
+                move |header, payload| header.port != own && nft::is_loss(header.kind, payload, &table),
+                informer,
+                Input::Disturbed,
+            )
+        });
+        if let Err(error) = listened {
+            tracing::warn!(%error, "rules that others flush come back with the next change of a Service only");
+        }
+    }
+
     /// Brings the kernel to what the plan says.
     fn sync(&mut self) {
         let started = Instant::now();
@@ -250,6 +323,7 @@ impl Worker {
             }
             self.refused = None;
             self.built = true;
+            self.guard_tables();
         }
         let health = self.plan.health();
         self.health.send_if_modified(|known| (*known != health).then(|| *known = health).is_some());

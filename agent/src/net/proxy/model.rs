@@ -93,6 +93,10 @@ pub struct Endpoint {
     pub terminating: bool,
     /// Runs on this node.
     pub local: bool,
+    /// `hints.forZones`.
+    pub for_zones: Vec<String>,
+    /// `hints.forNodes`.
+    pub for_nodes: Vec<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -258,6 +262,20 @@ struct RawEndpoint {
     addresses: Vec<String>,
     conditions: Option<RawConditions>,
     node_name: Option<String>,
+    hints: Option<RawHints>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct RawHints {
+    for_zones: Option<Vec<RawHint>>,
+    for_nodes: Option<Vec<RawHint>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct RawHint {
+    name: String,
 }
 
 #[derive(Deserialize, Default)]
@@ -286,6 +304,8 @@ impl Slice {
         let endpoints = raw.endpoints.unwrap_or_default().into_iter().filter_map(|endpoint| {
             let conditions = endpoint.conditions.unwrap_or_default();
             let ready = conditions.ready.unwrap_or(true);
+            let hints = endpoint.hints.unwrap_or_default();
+            let names = |hints: Option<Vec<RawHint>>| hints.unwrap_or_default().into_iter().map(|hint| hint.name);
             Some(Endpoint {
                 // The addresses of one endpoint are fungible; upstream uses the first one.
                 ip: endpoint.addresses.first()?.parse().ok()?,
@@ -293,6 +313,8 @@ impl Slice {
                 serving: conditions.serving.unwrap_or(ready),
                 terminating: conditions.terminating.unwrap_or(false),
                 local: endpoint.node_name.as_deref() == Some(node_name),
+                for_zones: names(hints.for_zones).collect(),
+                for_nodes: names(hints.for_nodes).collect(),
             })
         });
         Ok(Some(Self {

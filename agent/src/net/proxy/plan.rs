@@ -7,8 +7,8 @@ use super::super::netlink::route::octets;
 use super::super::nft::{ElementData, Family, Transaction};
 use super::super::{HostPort, Protocol};
 use super::desired::{
-    At, Contribution, ElementKey, Frontend, NodeFacts, address_key, contribution, endpoints_of, frontends, port_key,
-    target, usable,
+    At, Contribution, ElementKey, Frontend, NodeFacts, Reach, address_key, contribution, endpoints_of, frontends,
+    port_key, target, usable,
 };
 use super::health::Health;
 use super::model::{Key, Service, Slice};
@@ -59,6 +59,23 @@ impl Plan {
     /// An empty cluster.
     pub fn new(node: NodeFacts) -> Self {
         Self { node, ..Self::default() }
+    }
+
+    /// What was told, without anything that was concluded from it.
+    pub fn from_inputs(self) -> Self {
+        let Self { node, services, slices, slice_owner, pods, .. } = self;
+        let mut fresh = Self { node, slices, slice_owner, pods, ..Self::default() };
+        // Claims are made anew by the first look.
+        services.into_iter().for_each(|(key, service)| fresh.set_service(&key, Some(service)));
+        fresh
+    }
+
+    /// The zone that this node is in, by its label.
+    pub fn set_zone(&mut self, zone: Option<String>) {
+        if self.node.zone != zone {
+            self.service_keys().iter().for_each(|key| self.touch(key));
+            self.node.zone = zone;
+        }
     }
 
     /// A Service exists with this content, or (`None`) not.
@@ -124,7 +141,7 @@ impl Plan {
                 .ports
                 .iter()
                 .flat_map(|port| self.node.families.iter().map(move |family| (port, *family)))
-                .flat_map(|(port, family)| usable(&endpoints_of(port, family, self.slices_of(key)), true))
+                .flat_map(|(port, family)| usable(&endpoints_of(port, family, self.slices_of(key)), Reach::Node))
                 .collect();
             let ips: BTreeSet<IpAddr> = endpoints.into_iter().map(|(ip, _)| ip).collect();
             (port, (key.clone(), ips.len()))
@@ -240,7 +257,8 @@ impl Plan {
         for port in service.ports.iter().filter(|port| port.protocol == Protocol::Udp) {
             for family in &self.node.families {
                 let all = endpoints_of(port, *family, self.slices_of(key));
-                let targets: BTreeSet<_> = usable(&all, false).into_iter().chain(usable(&all, true)).collect();
+                let targets: BTreeSet<_> =
+                    usable(&all, Reach::Cluster(&self.node)).into_iter().chain(usable(&all, Reach::Node)).collect();
                 let own = Service { ports: vec![port.clone()], ..service.clone() };
                 for frontend in frontends(&own, &[*family]) {
                     let ours = self.claims.get(&frontend) == Some(key);

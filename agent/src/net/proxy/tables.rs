@@ -89,7 +89,8 @@ impl Map {
         }
     }
 
-    fn spec(self) -> SetSpec {
+    /// Its declaration.
+    pub(super) fn spec(self) -> SetSpec {
         let key: &[KeyType] = match self {
             Self::Services | Self::LocalServices | Self::NoEndpoints | Self::HostPortsByAddress | Self::Firewall => {
                 &[Addr, Proto, Port]

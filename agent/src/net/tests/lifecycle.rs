@@ -58,6 +58,45 @@ fn a_restart_adopts_the_tables_and_drops_no_connection() {
 }
 
 #[test]
+fn tables_that_belong_to_nobody_come_back_after_a_foreign_flush() {
+    if !is_root() {
+        return;
+    }
+    let world = World::new("00000021");
+    let (a, _) = world.pod("a", Vec::new());
+    let (_b, b_ip) = world.pod("b", Vec::new());
+    world.proxy.tell(Input::Unprotected);
+    world.service("web", &format!(r#""clusterIP":"10.43.0.50",{TCP_80}"#));
+    world.slice("web", TO_8080, &[(&b_ip.to_string(), "me")]);
+    world.settle();
+    for _ in 0..3 {
+        world.node.command("nft flush ruleset");
+        until("the rules are back", || a.ask("10.43.0.50:80").is_ok());
+    }
+    world.node.command("nft delete element ip coracle-00000021 services { 10.43.0.50 . tcp . 80 }");
+    until("the element is back", || a.ask("10.43.0.50:80").is_ok());
+}
+
+#[test]
+fn a_panic_of_the_proxy_costs_no_service_and_it_goes_on() {
+    if !is_root() {
+        return;
+    }
+    let world = World::new("00000022");
+    let (a, _) = world.pod("a", Vec::new());
+    let (b, b_ip) = world.pod("b", Vec::new());
+    world.service("web", &format!(r#""clusterIP":"10.43.0.50",{TCP_80}"#));
+    world.slice("web", TO_8080, &[(&b_ip.to_string(), "me")]);
+    world.settle();
+    world.proxy.tell(Input::Panic);
+    world.service("other", r#""clusterIP":"10.43.0.51","ports":[{"port":80}]"#);
+    world.slice("other", TO_8080, &[(&b_ip.to_string(), "me")]);
+    until("what came after the panic is done", || a.ask("10.43.0.51:80").is_ok());
+    assert_eq!(a.ask("10.43.0.50:80").map(|(name, _)| name), Ok("b".into()));
+    assert!(b.ask("10.43.0.50:80").is_ok(), "pods are still known: the hairpin");
+}
+
+#[test]
 fn dead_pods_are_collected_and_a_teardown_leaves_nothing() {
     if !is_root() {
         return;
@@ -65,9 +104,9 @@ fn dead_pods_are_collected_and_a_teardown_leaves_nothing() {
     let world = World::new("00000010");
     let (a, a_ip) = world.pod("a", Vec::new());
     let (_b, _) = world.pod("b", Vec::new());
-    assert_eq!(world.attach("a", &a, Vec::new()), a_ip, "attached again: the same address");
+    assert_eq!(world.attach("a", &a, Vec::new()), [a_ip], "attached again: the same address");
     let other = Space::new();
-    assert_eq!(world.attach("a", &other, Vec::new()), a_ip, "a new sandbox of the pod: the link moves");
+    assert_eq!(world.attach("a", &other, Vec::new()), [a_ip], "a new sandbox of the pod: the link moves");
     assert!(other.run(|| Socket::route().unwrap().link("eth0").unwrap().is_some()));
     let network = world.network.clone();
     world.node.run(move || block_on(async move { network.retain(&set(&["uid-b"])).await })).unwrap();

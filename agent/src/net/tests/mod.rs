@@ -52,3 +52,12 @@ const TO_8080: &str = r#"{"port":8080,"protocol":"TCP"}"#;
 fn set(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
+
+/// Waits for a condition that the kernel's notifications bring about.
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}

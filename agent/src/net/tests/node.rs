@@ -83,8 +83,8 @@ impl Host {
             std::thread::spawn(|| block_on(proxy::health::serve(followed)));
             teardown::remember(&config).unwrap();
             let ipam = ipam::Ipam::load(config.agent_dir.join("ipam")).unwrap();
-            let sender = proxy::start(&config, health).unwrap();
-            let overlay = overlay::start(&config).unwrap();
+            let sender = proxy::start(&config, health, Box::new(|| ())).unwrap();
+            let overlay = overlay::start(&config, Box::new(|| ())).unwrap();
             (Network::assemble(config, facts, ipam, Some(sender.clone())), sender, overlay)
         })
     }
@@ -110,13 +110,14 @@ impl Host {
 
     /// Endpoints as (address, node) pairs.
     pub fn slice(&self, name: &str, ports: &str, endpoints: &[(&str, &str)]) {
+        let family = if endpoints.iter().any(|(ip, _)| ip.contains(':')) { "IPv6" } else { "IPv4" };
         let endpoints: Vec<String> = endpoints
             .iter()
             .map(|(ip, node)| format!(r#"{{"addresses":["{ip}"],"nodeName":"{node}","conditions":{{"ready":true}}}}"#))
             .collect();
         let json = format!(
             r#"{{"metadata":{{"namespace":"n","name":"{name}-1","labels":{{"kubernetes.io/service-name":"{name}"}}}},
-            "addressType":"IPv4","ports":[{ports}],"endpoints":[{}]}}"#,
+            "addressType":"{family}","ports":[{ports}],"endpoints":[{}]}}"#,
             endpoints.join(",")
         );
         self.proxy.tell(Input::Slice(Event::Applied(object(&format!("{name}-1"), &json))));
@@ -124,13 +125,19 @@ impl Host {
 
     /// A pod with servers on 8080.
     pub fn pod(&self, name: &'static str, host_ports: Vec<HostPort>) -> (Space, IpAddr) {
-        let space = Space::new();
-        let ip = self.attach(name, &space, host_ports);
-        space.serve(SocketAddr::new(ip, 8080), name);
-        (space, ip)
+        let (space, ips) = self.pod_of_all_families(name, host_ports);
+        (space, ips[0])
     }
 
-    pub fn attach(&self, name: &str, space: &Space, host_ports: Vec<HostPort>) -> IpAddr {
+    /// A pod with servers on 8080 of all its addresses.
+    pub fn pod_of_all_families(&self, name: &'static str, host_ports: Vec<HostPort>) -> (Space, Vec<IpAddr>) {
+        let space = Space::new();
+        let ips = self.attach(name, &space, host_ports);
+        ips.iter().for_each(|ip| space.serve(SocketAddr::new(*ip, 8080), name));
+        (space, ips)
+    }
+
+    pub fn attach(&self, name: &str, space: &Space, host_ports: Vec<HostPort>) -> Vec<IpAddr> {
         let request = PodNetworkRequest {
             uid: format!("uid-{name}"),
             namespace: "n".into(),
@@ -139,8 +146,7 @@ impl Host {
             host_ports,
         };
         let network = self.network.clone();
-        let addresses = self.node.run(move || block_on(async move { network.attach(&request).await })).unwrap();
-        addresses.ips[0]
+        self.node.run(move || block_on(async move { network.attach(&request).await })).unwrap().ips
     }
 
     /// The process dies and the next one starts; the API is listed anew.

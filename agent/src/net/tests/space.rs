@@ -70,6 +70,14 @@ impl Space {
         })
     }
 
+    /// As [`Self::ask`], but a busy machine that has not brought a link to life yet is asked again.
+    pub fn ask_patiently(&self, at: &str) -> Result<(String, String), std::io::ErrorKind> {
+        (0..10)
+            .map(|_| self.ask(at))
+            .find(|answer| *answer != Err(std::io::ErrorKind::TimedOut))
+            .unwrap_or_else(|| self.ask(at))
+    }
+
     pub fn datagram_socket(&self) -> Arc<UdpSocket> {
         self.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -97,6 +105,11 @@ impl Space {
             assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap()
         })
+    }
+
+    /// Links made from now on are used at once, as those of a machine that runs for a while.
+    pub fn without_duplicate_address_detection(&self) {
+        self.run(|| std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
     }
 
     /// Gives a link of the namespace an address with its subnet, and brings both up.
