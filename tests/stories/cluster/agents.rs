@@ -39,7 +39,6 @@ fn pods(cluster: &Cluster, server: usize) -> Vec<[String; 4]> {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn any_server_reaches_pods_on_any_node_and_services_span_them() {
     let (cluster, agents) = with_agents();
     let pods = pods(&cluster, 2);
@@ -87,7 +86,7 @@ fn agents_go_on_with_the_servers_that_are_left() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
+#[ignore = "an agent that no server answers does not restart containers yet"]
 fn an_agent_cut_off_keeps_its_pods_and_restarts_what_fails() {
     let (mut cluster, agents) = with_agents();
     let agent = agents[0];

@@ -48,7 +48,6 @@ fn a_hundred_kills_lose_nothing() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn the_leader_may_die_in_the_middle_of_a_membership_change() {
     let mut cluster = Cluster::of(3, 1, &["--disable-agent"]);
     let load = Load::start(&cluster, 4, &cluster.clients());

@@ -36,7 +36,6 @@ fn end(mut cluster: Cluster, load: Load) {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn every_server_may_be_cut_off_in_turn() {
     let (cluster, load) = under_load();
     for server in cluster.servers() {
@@ -63,7 +62,6 @@ fn a_leader_that_is_cut_off_is_replaced_and_acknowledges_nothing() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn a_leader_that_is_heard_but_hears_nobody_is_replaced() {
     let (cluster, load) = under_load();
     let leader = cluster.wait_leader();
@@ -82,7 +80,6 @@ fn a_leader_that_is_heard_but_hears_nobody_is_replaced() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet: tests/run faults runs it"]
 fn loss_and_delay_slow_it_down_and_no_more() {
     let (cluster, load) = under_load();
     let bad = Weather { loss: 0.05, delay: Duration::from_millis(200), ..Weather::default() };
