@@ -203,6 +203,12 @@ impl ApiServer {
             return Err(Status::bad_request("the path does not decode"));
         };
         let info = RequestInfo::new(&parts.method, &path, &query).map_err(Status::bad_request)?;
+        // While closed there may be no policy yet; health is everybody's to know.
+        if self.inner.is_closed.load(Ordering::Acquire)
+            && let Some(response) = self.inner.health.answer(info.path, &query)
+        {
+            return Ok(response);
+        }
         let decision = self.authorizer().authorize(identity, &info.attributes());
         if !decision.allowed {
             let message = info.attributes().forbidden_message(identity.user(), &decision.reason);

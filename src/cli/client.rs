@@ -167,6 +167,12 @@ pub fn require_stopped(data_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// Prints a line; whoever reads no further (`| head`) is no fault.
+pub fn say(text: impl std::fmt::Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
 /// Prints rows below a heading, columns aligned.
 pub fn print_table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
     let mut widths = heading.map(str::len);
@@ -177,7 +183,7 @@ pub fn print_table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) {
     }
     let line = |cells: [&str; N]| {
         let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
+        say(padded.collect::<Vec<_>>().join("  ").trim_end());
     };
     line(heading);
     for row in rows {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use http::Method;
 
-use super::client::{Client, Instance, Output, print_table};
+use super::client::{Client, Instance, Output, print_table, say};
 use crate::server::admin::PREFIX;
 use crate::server::admin::members::MemberView;
 
@@ -50,10 +50,10 @@ pub fn run(args: MemberArgs) -> anyhow::Result<ExitCode> {
         MemberCommand::Remove { member } => {
             let path = format!("{PREFIX}members/{member}");
             let left: Vec<MemberView> = client.call(Method::DELETE, &path, &())?;
-            println!(
+            say(format_args!(
                 "removed {member}; {} servers are left. If its node is gone too: kubectl delete node {member}",
                 left.len()
-            );
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -61,7 +61,7 @@ pub fn run(args: MemberArgs) -> anyhow::Result<ExitCode> {
 
 fn print(members: &[MemberView], output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(members)?);
+        say(format_args!("{}", serde_json::to_string_pretty(members)?));
         return Ok(());
     }
     let row = |member: &MemberView| {

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use http::Method;
 
-use super::client::{Client, Instance, Output, print_table};
+use super::client::{Client, Instance, Output, print_table, say};
 use crate::auth::pki::{CLUSTER_KEY, ClusterKey};
 use crate::server::admin::{PREFIX, SnapshotRequest};
 use crate::server::lock::DataDirLock;
@@ -75,11 +75,11 @@ pub fn run(args: SnapshotArgs) -> anyhow::Result<ExitCode> {
             let dir = dir.map(std::path::absolute).transpose()?;
             let saved = post("save", SnapshotRequest { name, dir, ..SnapshotRequest::default() })?;
             let saved: Snapshot = serde_json::from_value(saved)?;
-            println!("{}  {}", saved.path.display(), size(saved.size));
-            println!(
+            say(format_args!("{}  {}", saved.path.display(), size(saved.size)));
+            say(format_args!(
                 "To restore it on a fresh machine you also need {}: keep a copy of it, apart from the snapshot.",
                 instance.data_dir.join(CLUSTER_KEY).display()
-            );
+            ));
         }
         SnapshotCommand::Ls { output } => {
             let all: Vec<Snapshot> = Client::open(instance)?.call(Method::GET, &format!("{PREFIX}snapshots"), &())?;
@@ -89,9 +89,9 @@ pub fn run(args: SnapshotArgs) -> anyhow::Result<ExitCode> {
             let gone = post("prune", SnapshotRequest { keep, name, ..SnapshotRequest::default() })?;
             let gone: Vec<Snapshot> = serde_json::from_value(gone)?;
             for snapshot in &gone {
-                println!("deleted {}", snapshot.path.display());
+                say(format_args!("deleted {}", snapshot.path.display()));
             }
-            println!("{} snapshots deleted", gone.len());
+            say(format_args!("{} snapshots deleted", gone.len()));
         }
         SnapshotCommand::Restore { file, cluster_key } => restore(instance, &file, cluster_key)?,
     }
@@ -114,27 +114,27 @@ fn restore(instance: &Instance, file: &std::path::Path, cluster_key: Option<Path
         let request = SnapshotRequest { file: Some(file.clone()), ..SnapshotRequest::default() };
         let path = format!("{PREFIX}snapshots/restore");
         let _: serde_json::Value = Client::open(instance)?.call(Method::POST, &path, &request)?;
-        println!(
+        say(format_args!(
             "The server goes back to the state of {} now; `coracle status` shows when it is there. The other servers follow by \
              themselves.",
             file.display()
-        );
+        ));
         return Ok(());
     }
     let lock = DataDirLock::take(data_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(reset::restore(data_dir, &file))?;
     drop(lock);
-    println!(
+    say(format_args!(
         "The state of {} is restored. Start the server as usual; the other servers follow by themselves.",
         file.display()
-    );
+    ));
     Ok(())
 }
 
 fn print(all: &[Snapshot], output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(all)?);
+        say(format_args!("{}", serde_json::to_string_pretty(all)?));
         return Ok(());
     }
     let row = |s: &Snapshot| [s.name.clone(), s.path.display().to_string(), size(s.size), s.created.clone()];

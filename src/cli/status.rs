@@ -8,7 +8,7 @@ use clap::Args;
 use http::Method;
 
 use super::certificate;
-use super::client::{Client, Instance, Output, age, print_table};
+use super::client::{Client, Instance, Output, age, print_table, say};
 use crate::server::admin::PREFIX;
 use crate::server::admin::status::{MemberHealth, StatusView};
 use crate::server::admin_kubeconfig;
@@ -37,26 +37,26 @@ pub fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     }
     let status: StatusView = client.call(Method::GET, &format!("{PREFIX}status"), &())?;
     match args.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Output::Json => say(format_args!("{}", serde_json::to_string_pretty(&status)?)),
         Output::Table => print(&status),
     }
     Ok(if status.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn print(status: &StatusView) {
-    println!("Server   {} ({}), Coracle {}", status.name, status.address, status.version);
-    println!("Role     {}, the leader is {}", status.role, status.leader.as_deref().unwrap_or("not known"));
+    say(format_args!("Server   {} ({}), Coracle {}", status.name, status.address, status.version));
+    say(format_args!("Role     {}, the leader is {}", status.role, status.leader.as_deref().unwrap_or("not known")));
     let sync = status.disk.sync_microseconds.map_or_else(
         || "cannot be written".to_owned(),
         |took| format!("a durable write takes {}.{} ms", took / 1000, took % 1000 / 100),
     );
-    println!("Disk     {} of {} MiB free, {sync}", status.disk.free >> 20, status.disk.size >> 20);
-    println!("Clock    {}", status.clock);
+    say(format_args!("Disk     {} of {} MiB free, {sync}", status.disk.free >> 20, status.disk.size >> 20));
+    say(format_args!("Clock    {}", status.clock));
     let next = status.certificates.iter().min_by_key(|certificate| certificate.seconds_left);
     if let Some(next) = next {
-        println!("Certs    the next to end is {:?}, in {}", next.name, age(next.seconds_left));
+        say(format_args!("Certs    the next to end is {:?}, in {}", next.name, age(next.seconds_left)));
     }
-    println!();
+    say("");
     let row = |m: &MemberHealth| {
         let role = match (m.member.leader, m.member.learner) {
             (true, _) => "leader",
@@ -69,13 +69,13 @@ fn print(status: &StatusView) {
     };
     let rows: Vec<_> = status.members.iter().map(row).collect();
     print_table(["SERVER", "ADDRESS", "ROLE", "LAG", "CLOCK", "HEALTH"], &rows);
-    println!();
+    say("");
     if status.problems.is_empty() {
-        println!("Nothing is wrong.");
+        say(format_args!("Nothing is wrong."));
     }
     for problem in &status.problems {
-        println!("WRONG    {}", problem.what);
-        println!("  do     {}", problem.remedy);
+        say(format_args!("WRONG    {}", problem.what));
+        say(format_args!("  do     {}", problem.remedy));
     }
 }
 
@@ -84,17 +84,17 @@ fn of_agent(data_dir: &Path) -> ExitCode {
     let text = std::fs::read(data_dir.join("agent/servers.json")).unwrap_or_default();
     let known: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let servers: Vec<_> = known["servers"].as_array().into_iter().flatten().filter_map(|s| s.as_str()).collect();
-    println!("Agent    {}", data_dir.display());
-    println!("Servers  {}", if servers.is_empty() { "none known".to_owned() } else { servers.join(", ") });
+    say(format_args!("Agent    {}", data_dir.display()));
+    say(format_args!("Servers  {}", if servers.is_empty() { "none known".to_owned() } else { servers.join(", ") }));
     let Some(node) = certificate::of_agent(data_dir) else {
-        println!("WRONG    this machine has no certificate");
-        println!("  do     start the agent with --server and --token");
+        say(format_args!("WRONG    this machine has no certificate"));
+        say(format_args!("  do     start the agent with --server and --token"));
         return ExitCode::FAILURE;
     };
-    println!("Certs    the node's certificate ends in {} ({})", age(node.seconds_left), node.state);
+    say(format_args!("Certs    the node's certificate ends in {} ({})", age(node.seconds_left), node.state));
     if node.state == "expired" {
-        println!("WRONG    the node's certificate has ended");
-        println!("  do     start the agent with --token to have it admitted again");
+        say(format_args!("WRONG    the node's certificate has ended"));
+        say(format_args!("  do     start the agent with --token to have it admitted again"));
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use rand::Rng;
 use serde_json::{Value, json};
 
-use super::client::{Client, Instance, Output, age, print_table};
+use super::client::{Client, Instance, Output, age, print_table, say};
 use crate::server::admin::PREFIX;
 
 const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
@@ -80,15 +80,15 @@ pub fn run(args: TokenArgs) -> anyhow::Result<ExitCode> {
             for token in tokens {
                 let id = id_of(&token)?;
                 let _: Value = client.call(Method::DELETE, &format!("{SECRETS}/{NAME}{id}"), &())?;
-                println!("token {id} deleted");
+                say(format_args!("token {id} deleted"));
             }
         }
         TokenCommand::Rotate => {
             let _: Value = client.call(Method::POST, &format!("{PREFIX}tokens/rotate"), &())?;
             let server = args.instance.data_dir.join("server");
-            println!("The tokens have new secrets, on every server of the cluster:");
-            println!("  servers and agents  {}", server.join("token").display());
-            println!("  agents              {}", server.join("agent-token").display());
+            say(format_args!("The tokens have new secrets, on every server of the cluster:"));
+            say(format_args!("  servers and agents  {}", server.join("token").display()));
+            say(format_args!("  agents              {}", server.join("agent-token").display()));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -156,7 +156,7 @@ fn create(
     let expiration = expiration.transpose()?.map(|at| at.to_string());
     let object = secret_object(&id, &secret, expiration.as_deref(), description, usages, groups);
     let _: Value = client.call(Method::POST, SECRETS, &object)?;
-    println!("K10{}::{id}.{secret}", client.ca_hash());
+    say(format_args!("K10{}::{id}.{secret}", client.ca_hash()));
     Ok(())
 }
 
@@ -190,7 +190,7 @@ fn list(client: &Client, output: Output) -> anyhow::Result<()> {
     let now = Timestamp::now();
     let tokens: Vec<Value> = secrets["items"].as_array().into_iter().flatten().map(|s| describe(s, now)).collect();
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(&tokens)?);
+        say(format_args!("{}", serde_json::to_string_pretty(&tokens)?));
         return Ok(());
     }
     let row = |token: &Value| {

@@ -344,7 +344,7 @@ async fn listen(
     Ok(security.listen(settings.listen(), &names, protocols, shutdown).await?)
 }
 
-/// Connections of other servers go to the consensus engine, unless the server was sent away.
+/// Connections of other servers go to the consensus engine, which tells those that were sent away so.
 fn serve_peers(cluster: &Cluster) -> protocols::Handler {
     let cluster = cluster.clone();
     Arc::new(move |tls, identity, address| {
@@ -353,9 +353,7 @@ fn serve_peers(cluster: &Cluster) -> protocols::Handler {
             let Some(id) = identity.server_id() else {
                 return tracing::warn!(user = identity.user.name, %address, "only servers may speak to servers");
             };
-            if !cluster.is_removed(id).unwrap_or(false) {
-                cluster.node.serve_peer(Box::new(tls), id).await;
-            }
+            cluster.node.serve_peer(Box::new(tls), id).await;
         }
         .boxed()
     })
@@ -376,7 +374,8 @@ impl Running {
         let scheduled = snapshots::run(cluster.clone(), settings.snapshots.clone(), shutdown.clone());
         tasks.push(("snapshots", tokio::spawn(scheduled)));
         let superseded = CancellationToken::new();
-        let follow = raise::follow_membership(cluster, self.readiness.clone(), superseded.clone(), shutdown);
+        let (api, readiness) = (self.api.clone(), self.readiness.clone());
+        let follow = raise::follow_membership(cluster, api, settings.data_dir.clone(), readiness, superseded.clone(), shutdown);
         let again = again.clone();
         tasks.push((
             "membership",
@@ -425,6 +424,18 @@ impl Running {
         Ok(vec![live, controllers, signer, upkeep])
     }
 
+    /// The name of this machine's node is nobody else's. Without a leader that cannot be asked, and the node of before goes on.
+    async fn claim_node_name(&self) -> anyhow::Result<()> {
+        let secret = node_secret(&self.settings.data_dir)?;
+        let claimed = join::claims::claim(&self.cluster.node, &self.settings.node_name, &secret);
+        match tokio::time::timeout(AGENT_PATIENCE, claimed).await {
+            Ok(Err(status)) if status.code() == 403 => bail!("{}", status.message()),
+            Ok(Err(status)) => tracing::warn!(error = status.message(), "the name of the node was not confirmed"),
+            Ok(Ok(())) | Err(_) => {}
+        }
+        Ok(())
+    }
+
     /// Runs the node of this machine.
     async fn run_agent(self) {
         let mut waiting = self.readiness.waiting.subscribe();
@@ -433,6 +444,9 @@ impl Running {
             return;
         }
         let (settings, shutdown) = (&self.settings, &self.shutdown);
+        if let Err(error) = self.claim_node_name().await {
+            return tracing::error!(error = explain(error.as_ref()), "the server goes on without a node");
+        }
         let agent =
             own_node::start(&self.api, &self.security, settings, settings.node_ips(), &self.cluster.address, shutdown);
         if let Err(error) = agent.await {

@@ -4,6 +4,7 @@
 //! back a server that lost its data or its incarnation of the cluster; `GET /coracle/v1/peer/state` tells how far everyone is.
 //! Both demand the certificate of a server and work without a leader.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -140,16 +141,12 @@ async fn announce_to_all(cluster: &Cluster, data_dir: &std::path::Path, server: 
         }
         return;
     }
-    let mut known = cluster.members();
-    known.extend(cluster::remembered::read(data_dir));
-    known.retain(|member| member.id != own.id);
-    let mut asked = std::collections::BTreeSet::new();
-    for member in known {
-        let Some(id) = cluster::from_text(&member.id) else { continue };
-        if asked.insert((member.id.clone(), member.address.clone())) {
-            let Some(request) = announcement(&own) else { return };
-            heard(cluster, &member.address, cluster.peers.ask(id, &member.address, request).await);
-        }
+    // Whoever is there now: a server that lost its data has another id than is remembered.
+    let known = cluster.members().into_iter().chain(cluster::remembered::read(data_dir));
+    let known: BTreeSet<_> = known.filter_map(|member| member.address.parse::<SocketAddr>().ok()).collect();
+    for address in known.into_iter().filter(|address| Some(*address) != cluster.address.parse().ok()) {
+        let Some(request) = announcement(&own) else { return };
+        heard(cluster, &address.to_string(), cluster.peers.ask_any(address, request).await);
     }
     let Some((resolver, server)) = server else { return };
     for address in resolver.resolve(server).await.unwrap_or_default() {

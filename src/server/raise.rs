@@ -2,6 +2,7 @@
 //! the process; while something is missing `/readyz` says what.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -126,10 +127,13 @@ async fn bootstrap_once(client: &kube::Client, settings: &Settings, cluster: &Cl
 /// the cluster began anew without it.
 pub async fn follow_membership(
     cluster: Cluster,
+    api: ApiServer,
+    data_dir: PathBuf,
     readiness: Readiness,
     again: CancellationToken,
     shutdown: CancellationToken,
 ) {
+    let mut removed = false;
     let work = async {
         let mut voter = cluster.node.voter();
         let mut standing = cluster.node.standing();
@@ -149,7 +153,7 @@ pub async fn follow_membership(
             tokio::select! {
                 changed = voter.changed() => if changed.is_err() { return },
                 changed = standing.changed() => {
-                    if changed.is_err() || act_on(*standing.borrow(), &again) { return }
+                    if changed.is_err() || act_on(*standing.borrow(), &mut removed, &api, &again) { return }
                 }
                 () = tokio::time::sleep(LOOK) => {}
             }
@@ -159,19 +163,24 @@ pub async fn follow_membership(
         }
         readiness.joining.send_replace(None);
         while standing.changed().await.is_ok() {
-            if act_on(*standing.borrow(), &again) {
+            if act_on(*standing.borrow(), &mut removed, &api, &again) {
                 return;
             }
         }
     };
     shutdown.run_until_cancelled(work).await;
+    // Whom this server looks for when it begins anew.
+    super::cluster::remember(&cluster, &data_dir);
 }
 
 /// Whether there is nothing more to follow.
-fn act_on(standing: Standing, again: &CancellationToken) -> bool {
+fn act_on(standing: Standing, removed: &mut bool, api: &ApiServer, again: &CancellationToken) -> bool {
     match standing {
         Standing::Member => false,
+        Standing::Removed if std::mem::replace(removed, true) => false,
         Standing::Removed => {
+            // What it holds grows old from now on.
+            api.close("this server was removed from its cluster");
             tracing::error!(
                 "this server was removed from the cluster; stop it, or let it join anew after `coracle uninstall --data-dir`"
             );
