@@ -24,8 +24,10 @@ pub(crate) const LEASE: Duration = Duration::from_millis(1100);
 /// once; less when the leader's connections broke, which is what a dead process looks like.
 const SPREAD: (f64, f64) = (0.05, 0.4);
 const SPREAD_LOST: (f64, f64) = (0.0, 0.15);
-/// Before the next election when one brought no leader.
-const AGAIN: (f64, f64) = (0.4, 0.9);
+/// Before the next election when one brought no leader; doubled each time up to [`MOST_AGAIN`], for a disk that takes
+/// long to keep a vote must not be asked for the next one meanwhile.
+const AGAIN: (f64, f64) = (0.5, 1.0);
+const MOST_AGAIN: u32 = 3;
 /// A leader looks at its disk and its lease this often; one that is about to act as such, more often.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_NEW: Duration = Duration::from_millis(20);
@@ -57,6 +59,8 @@ struct Contact {
     lost: bool,
     /// Part of the spread that this member waits; drawn anew for each election.
     patience: f64,
+    /// Elections since a leader was heard.
+    attempts: u32,
     /// No election before this.
     not_before: Instant,
     connections: HashMap<u64, usize>,
@@ -75,6 +79,7 @@ impl Contacts {
             heard: now,
             lost: false,
             patience: rand::random(),
+            attempts: 0,
             not_before: now,
             connections: HashMap::new(),
         };
@@ -91,6 +96,7 @@ impl Contacts {
         state.term = term;
         state.heard = Instant::now();
         state.lost = false;
+        state.attempts = 0;
     }
 
     pub fn connected(&self, peer: u64) {
@@ -118,6 +124,13 @@ impl Contacts {
         state.leader.is_some_and(|leader| leader != peer) && state.heard.elapsed() < LEASE
     }
 
+    /// From now on a leader should be heard.
+    fn begin(&self) {
+        let mut state = self.state.lock();
+        state.heard = Instant::now();
+        state.lost = false;
+    }
+
     /// When this member should call an election if nobody is heard until then.
     fn deadline(&self) -> Instant {
         let state = self.state.lock();
@@ -127,37 +140,48 @@ impl Contacts {
 
     fn called(&self) {
         let mut state = self.state.lock();
-        state.not_before = Instant::now() + draw(AGAIN, rand::random());
+        state.not_before = Instant::now() + draw(AGAIN, rand::random()) * (1 << state.attempts);
+        state.attempts = (state.attempts + 1).min(MOST_AGAIN);
         state.patience = rand::random();
     }
 }
 
 /// Calls elections. openraft would too, but only after twice the lease.
 pub(crate) async fn elections(raft: Engine, contacts: Arc<Contacts>, peers: Arc<Peers>) {
-    let metrics = raft.server_metrics();
+    let mut metrics = raft.server_metrics();
+    let mut stood = false;
     loop {
-        let deadline = contacts.deadline().max(Instant::now() + LOOK_NEW);
-        tokio::select! {
-            () = tokio::time::sleep_until(deadline.into()) => {}
-            () = contacts.changed.notified() => continue,
-        }
-        if Instant::now() < contacts.deadline() {
-            continue;
-        }
         let stands = {
             let now = metrics.borrow_watched();
             let voters = now.membership_config.voter_ids().collect::<Vec<_>>();
             now.state != ServerState::Leader && voters.len() > 1 && voters.contains(&now.id)
         };
+        if !stands {
+            stood = false;
+            if metrics.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        if !stood {
+            // Whoever took leadership from this member will be heard.
+            stood = true;
+            contacts.begin();
+        }
+        let deadline = contacts.deadline();
+        if Instant::now() < deadline {
+            tokio::select! {
+                () = tokio::time::sleep_until(deadline.into()) => {}
+                () = contacts.changed.notified() => {}
+            }
+            continue;
+        }
         contacts.called();
-        if stands && !peers.muted.load(Ordering::Relaxed) {
+        if !peers.muted.load(Ordering::Relaxed) {
             tracing::debug!("no leader was heard; calling an election");
             if raft.trigger().elect(true).await.is_err() {
                 return;
             }
-            // Members may have moved while this one was away.
-            let peers = peers.clone();
-            tokio::spawn(async move { peers.ask_for_addresses().await });
         }
     }
 }

@@ -39,7 +39,7 @@
 //! | proposer task | commands waiting to be proposed | [`Node::start`] | [`Node::shutdown`] |
 //! | reader task | reads waiting for a round | [`Node::start`] | [`Node::shutdown`] |
 //! | follower task | what is told about leadership | [`Node::start`] | with openraft's tasks |
-//! | elections, promotion, announcement | nothing | [`Node::start`] | [`Node::shutdown`] |
+//! | elections, promotion, announcement, keeping in touch | nothing | [`Node::start`] | [`Node::shutdown`] |
 //! | one task per connection and request | the connection | [`Node::serve_peer`], a request | with it, or [`Node::shutdown`] |
 //! | upkeep tasks | nothing | [`Node::start`] | [`Node::shutdown`] |
 #![forbid(unsafe_code)]

@@ -26,6 +26,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const LOOK: Duration = Duration::from_millis(200);
 const CLOSE: u64 = 64;
 const STEADY: u32 = 3;
+/// A member that was lost is noticed within this time.
+const SURELY_LOST: Duration = Duration::from_secs(5);
 /// How long the transfer of leadership may take.
 const TRANSFER: Duration = Duration::from_secs(2);
 
@@ -197,7 +199,7 @@ impl Members {
         let _alone = self.changing.lock().await;
         let membership = self.membership();
         let changes = match change {
-            Change::Add(peer) => match plan_add(&membership, &peer, |id| self.is_alive(id))? {
+            Change::Add(peer) => match self.plan_add(&membership, &peer).await? {
                 Some(changes) => changes,
                 None => return Ok(()),
             },
@@ -217,6 +219,21 @@ impl Members {
             },
         };
         self.apply(changes).await
+    }
+
+    /// One that was lost just now seems alive for some seconds.
+    async fn plan_add(
+        &self,
+        membership: &Membership,
+        peer: &Peer,
+    ) -> Result<Option<ChangeMembers<u64, Contact>>, MembershipError> {
+        let deadline = Instant::now() + SURELY_LOST;
+        loop {
+            match plan_add(membership, peer, |id| self.is_alive(id)) {
+                Err(MembershipError::Taken { .. }) if Instant::now() < deadline => tokio::time::sleep(LOOK).await,
+                planned => return planned,
+            }
+        }
     }
 
     fn is_alive(&self, id: u64) -> bool {

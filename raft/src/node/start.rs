@@ -128,6 +128,7 @@ impl Node {
         follower.look();
         tasks.spawn(follower.run());
         tasks.spawn(elections(raft.clone(), contacts.clone(), peers.clone()));
+        tasks.spawn(peers.clone().keep_in_touch());
         tasks.spawn(members.clone().promote());
         tasks.spawn(announce(raft.clone(), peers.clone(), members.clone()));
 
@@ -275,6 +276,8 @@ fn config() -> Result<Config, openraft::ConfigError> {
         quorum_loss_probe_interval: Some(2 * lease + 500),
         // A leader that was killed may have sent entries that its own log lost: only a new term makes them distinct.
         enable_leader_restore: Some(false),
+        // A member whose log somebody removed is filled again: else its emptiness would stop the leader.
+        allow_log_reversion: Some(true),
         // Proposals come gathered: a deep queue would only cost memory.
         api_batch_capacity: 64,
         backoff: "50ms 100ms 200ms ...800ms".to_owned(),

@@ -69,7 +69,9 @@ pub enum Standing {
 }
 
 /// A peer that was heard within this time is reachable.
-const REACHABLE: Duration = Duration::from_secs(3);
+const REACHABLE: Duration = Duration::from_secs(4);
+/// One that was silent for this time is asked for a sign of life.
+const IN_TOUCH: Duration = Duration::from_millis(1500);
 
 /// Which of the connections to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,9 +239,13 @@ impl Peers {
 
     /// Whether a peer gave a sign of life lately.
     pub fn is_reachable(&self, id: u64) -> bool {
-        let heard = self.known(id, None).heard.load(Ordering::Relaxed);
-        let now = self.started.elapsed().as_millis() as u64 + 1;
-        heard > 0 && now - heard.min(now) < REACHABLE.as_millis() as u64
+        self.silence(id).is_some_and(|silence| silence < REACHABLE)
+    }
+
+    /// Time since the last sign of life of a peer; None when there was none.
+    fn silence(&self, id: u64) -> Option<Duration> {
+        let heard = self.known.lock().get(&id)?.heard.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.started.elapsed().saturating_sub(Duration::from_millis(heard)))
     }
 
     /// Draws conclusions from a refusal.
@@ -291,15 +297,24 @@ impl Peers {
         addresses
     }
 
-    /// Asks those who can be reached where the others are, and believes it of those who can't.
-    pub async fn ask_for_addresses(self: &Arc<Self>) {
-        let ids: Vec<u64> = self.known.lock().keys().copied().collect();
-        let asked = ids.iter().map(|id| self.call(*id, "/peers", Bytes::new()));
-        for answer in futures::future::join_all(asked).await.into_iter().flatten() {
-            let told: HashMap<u64, String> = serde_json::from_slice(&answer).unwrap_or_default();
-            for (id, address) in told {
-                if ids.contains(&id) && !self.is_reachable(id) {
-                    self.announce(id, &address);
+    /// Exchanges a word with everyone who was silent for a while, so that it is known who is there, and asks where the
+    /// others are: members may have moved while this one was away. What is heard is believed of those who can't be
+    /// reached. Runs until it is dropped.
+    pub async fn keep_in_touch(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(IN_TOUCH.mul_f64(rand::random_range(0.8..1.2))).await;
+            let ids: Vec<u64> = self.known.lock().keys().copied().collect();
+            if ids.is_empty() {
+                tokio::time::sleep(3 * IN_TOUCH).await;
+            }
+            let silent = ids.iter().filter(|id| self.silence(**id).is_none_or(|silence| silence > IN_TOUCH));
+            let asked = silent.map(|id| tokio::time::timeout(IN_TOUCH, self.call(*id, "/peers", Bytes::new())));
+            for answer in futures::future::join_all(asked).await.into_iter().flatten().flatten() {
+                let told: HashMap<u64, String> = serde_json::from_slice(&answer).unwrap_or_default();
+                for (id, address) in told {
+                    if ids.contains(&id) && !self.is_reachable(id) {
+                        self.announce(id, &address);
+                    }
                 }
             }
         }
