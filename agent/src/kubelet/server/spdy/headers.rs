@@ -121,6 +121,8 @@ pub fn empty_block(first: bool) -> Vec<u8> {
     let mut block = if first { vec![0x78, 0x01] } else { Vec::new() };
     // Not the last block, stored, four bytes: the number of headers.
     block.extend_from_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
+    // An empty stored block: Go's inflater hands out what it has only when it sees one.
+    block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
     block
 }
 
@@ -163,6 +165,7 @@ mod tests {
             let mut out = Vec::with_capacity(64);
             state.decompress_vec(&empty_block(first), &mut out, FlushDecompress::Sync).unwrap();
             assert_eq!(out, [0, 0, 0, 0]);
+            assert!(empty_block(first).ends_with(&[0, 0, 0xff, 0xff]), "a sync marker");
         }
     }
 }

@@ -253,7 +253,7 @@ mod tests {
         client.write_all(&headers(&block(&[("Port", "80")], true), 1)).await.unwrap();
         let mut stream = streams.recv().await.unwrap();
         assert_eq!(stream.header("port"), Some("80"));
-        let mut reply = [0; 8 + 4 + 11];
+        let mut reply = [0; 8 + 4 + 16];
         client.read_exact(&mut reply).await.unwrap();
         assert_eq!((&reply[..4], &reply[8..12]), (&[0x80, 3, 0, 2][..], &[0, 0, 0, 1][..]));
 
