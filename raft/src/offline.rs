@@ -10,7 +10,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
-use bytes::Bytes;
 use coracle_store::SnapshotMeta;
 use openraft::EntryPayload;
 
@@ -250,7 +249,7 @@ fn last_membership(wal: &Wal) -> io::Result<Option<Membership>> {
     let (first, end) = wal.bounds();
     for index in (first..end).rev() {
         let Some((id, payload)) = wal.read(index)? else { continue };
-        if let EntryPayload::Membership(membership) = from_wal(id, Bytes::from(payload))?.payload {
+        if let EntryPayload::Membership(membership) = from_wal(id, payload)?.payload {
             return Ok(Some(membership));
         }
     }

@@ -56,11 +56,13 @@ impl PeerIdentity {
 pub type Doorkeeper =
     Arc<dyn Fn(Request<Body>, PeerCertificate, SocketAddr) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
 
+type Registry<K, V> = Arc<RwLock<Vec<(&'static K, V)>>>;
+
 /// The handlers by protocol and path. Cheap to clone; all clones are one registry.
 #[derive(Clone)]
 pub struct Protocols {
-    handlers: Arc<RwLock<Vec<(&'static [u8], Handler)>>>,
-    doors: Arc<RwLock<Vec<(&'static str, Doorkeeper)>>>,
+    handlers: Registry<[u8], Handler>,
+    doors: Registry<str, Doorkeeper>,
     earliest: SystemTime,
 }
 

@@ -177,9 +177,9 @@ pub fn find<'a>(
 
 /// What is to be done about a claim. `class`: whether its storage class waits for the first pod, none when there is no
 /// such class.
-pub fn plan_claim<'a>(
+pub fn plan_claim(
     claim: &PersistentVolumeClaim,
-    volumes: &'a [PersistentVolume],
+    volumes: &[PersistentVolume],
     place: Option<&Place<'_>>,
     class: Option<bool>,
 ) -> ClaimPlan {

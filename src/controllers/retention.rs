@@ -46,7 +46,7 @@ impl Retention {
         if !wanted.iter().any(|owner| owner.controller == Some(true)) {
             if self.with_pod && scaled_away {
                 wanted.push(pod.clone());
-            } else if self.with_set && !scaled_away || self.with_set && !self.with_pod {
+            } else if self.with_set {
                 wanted.push(set.clone());
             }
         }
@@ -74,13 +74,13 @@ mod tests {
             Retention { with_set, with_pod }.owners(present, &set, &pod, scaled_away)
         };
         assert_eq!(owners(false, false, &[], true), None);
-        assert_eq!(owners(false, false, &[set.clone()], false), Some(vec![]));
+        assert_eq!(owners(false, false, std::slice::from_ref(&set), false), Some(vec![]));
         assert_eq!(owners(true, false, &[], true), Some(vec![set.clone()]));
         assert_eq!(owners(false, true, &[], true), Some(vec![pod.clone()]));
-        assert_eq!(owners(false, true, &[pod.clone()], false), Some(vec![]));
-        assert_eq!(owners(true, true, &[set.clone()], true), Some(vec![pod.clone()]));
-        assert_eq!(owners(true, true, &[pod.clone()], false), Some(vec![set.clone()]));
-        assert_eq!(owners(true, true, &[set.clone()], false), None);
+        assert_eq!(owners(false, true, std::slice::from_ref(&pod), false), Some(vec![]));
+        assert_eq!(owners(true, true, std::slice::from_ref(&set), true), Some(vec![pod.clone()]));
+        assert_eq!(owners(true, true, std::slice::from_ref(&pod), false), Some(vec![set.clone()]));
+        assert_eq!(owners(true, true, std::slice::from_ref(&set), false), None);
     }
 
     #[test]
@@ -88,7 +88,7 @@ mod tests {
         let (set, pod) = (owner("StatefulSet", "s"), owner("Pod", "p"));
         let other = OwnerReference { controller: Some(true), ..owner("Database", "d") };
         let all = Retention { with_set: true, with_pod: true };
-        assert_eq!(all.owners(&[other.clone()], &set, &pod, false), None);
+        assert_eq!(all.owners(std::slice::from_ref(&other), &set, &pod, false), None);
         assert_eq!(all.owners(&[owner("StatefulSet", "earlier")], &set, &pod, false), None);
         assert!(is_going(&[owner("Pod", "earlier")], "a", None) && !is_going(&[pod], "a", Some("p")));
     }

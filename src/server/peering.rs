@@ -193,7 +193,7 @@ fn percent(state: &State, own: &str) -> Option<u64> {
     let of = |id: &str| state.members.iter().find(|(member, _)| member.id == id).and_then(|(_, matched)| *matched);
     let end = of(state.leader.as_deref()?)?;
     let here = of(own).unwrap_or(0);
-    Some(if end == 0 { 100 } else { (here.min(end) * 100) / end })
+    Some((here.min(end) * 100).checked_div(end).unwrap_or(100))
 }
 
 #[cfg(test)]

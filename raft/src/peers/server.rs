@@ -230,7 +230,7 @@ impl Serving {
         let path = snapshot::incoming(&self.snapshot_dir, peer);
         let (vote, file) = transfer::receive(peer, body, &path).await.map_err(malformed)?;
         // That the sender is of our incarnation was said with the request; its file may be of one before, which a reset keeps.
-        if !file.applied.last.is_some_and(|last| last.term <= vote.leader_id.term) {
+        if file.applied.last.is_none_or(|last| last.term > vote.leader_id.term) {
             return Err(refuse(StatusCode::BAD_REQUEST, "the snapshot is none of this cluster's"));
         }
         self.contacts.heard_from_leader(peer, vote.leader_id.term);

@@ -385,7 +385,7 @@ fn datagrams_follow_an_endpoint_to_another_node() {
         cluster.slice("names", r#"{"port":8080,"protocol":"UDP"}"#, &[(&endpoint.0, &endpoint.1)]);
         cluster.settle();
         // An answer of the former endpoint may be under way.
-        let ask = |space: &Space, socket, at| (0..2).filter_map(|_| space.ask_datagram(socket, at)).last();
+        let ask = |space: &Space, socket, at| (0..2).filter_map(|_| space.ask_datagram(socket, at)).next_back();
         assert_eq!(ask(&pods[0].0, &inside, "10.43.0.53:53").as_deref(), Some(name));
         assert_eq!(ask(&cluster.outside, &outside, "192.0.2.1:30053").as_deref(), Some(name));
     }
