@@ -98,16 +98,27 @@ struct Token {
     v: String,
     rv: i64,
     start: String,
+    /// How many objects follow, so that not each page counts them again. Ours; upstream's tokens have no such field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    left: Option<u64>,
 }
 
-fn encode_token(prefix: &[u8], after: &[u8], revision: i64) -> String {
+/// Where a list goes on.
+#[derive(Debug, PartialEq, Eq)]
+struct Next {
+    key: Bytes,
+    /// None for a token that gave up consistency.
+    revision: Option<u64>,
+    left: Option<u64>,
+}
+
+fn encode_token(prefix: &[u8], after: &[u8], revision: i64, left: Option<u64>) -> String {
     let start = String::from_utf8_lossy(after.strip_prefix(prefix).unwrap_or(after)).into_owned() + "\0";
-    let token = Token { v: "meta.k8s.io/v1".to_owned(), rv: revision, start };
+    let token = Token { v: "meta.k8s.io/v1".to_owned(), rv: revision, start, left };
     URL_SAFE_NO_PAD.encode(serde_json::to_string(&token).unwrap_or_default())
 }
 
-/// The key to start from and the revision; the revision is none for a token that gave up consistency.
-fn decode_token(prefix: &[u8], token: &str) -> Result<(Bytes, Option<u64>), Status> {
+fn decode_token(prefix: &[u8], token: &str) -> Result<Next, Status> {
     let invalid =
         |why: String| Status::bad_request(format!("invalid continue token: continue key is not valid: {why}"));
     let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|e| invalid(e.to_string()))?;
@@ -129,7 +140,8 @@ fn decode_token(prefix: &[u8], token: &str) -> Result<(Bytes, Option<u64>), Stat
     }
     let mut key = BytesMut::from(prefix);
     key.extend_from_slice(start.as_bytes());
-    Ok((key.freeze(), u64::try_from(token.rv).ok()))
+    let revision = u64::try_from(token.rv).ok();
+    Ok(Next { key: key.freeze(), revision, left: token.left.filter(|_| revision.is_some()) })
 }
 
 /// What a list found.
@@ -144,7 +156,7 @@ pub struct Page {
 pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status> {
     let resource = call.resource;
     let prefix = resource.collection_key(call.namespace());
-    let mut start = prefix.clone();
+    let (mut start, mut left) = (prefix.clone(), None);
     let revision;
     if options.continue_token.is_empty() {
         let wanted = options.revision()?;
@@ -156,7 +168,7 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
         if !options.resource_version.is_empty() && options.resource_version != "0" {
             return Err(Status::bad_request("specifying resource version is not allowed when using continue"));
         }
-        (start, revision) = decode_token(&prefix, &options.continue_token)?;
+        Next { key: start, revision, left } = decode_token(&prefix, &options.continue_token)?;
         fresh(call, revision).await?;
     }
     if let Some(name) =
@@ -165,7 +177,7 @@ pub async fn page(call: &Call<'_>, options: &ListOptions) -> Result<Page, Status
     {
         return Ok(page);
     }
-    collect(call, options, &prefix, start, revision)
+    collect(call, options, &prefix, Next { key: start, revision, left })
 }
 
 /// A list that can only hold one object; none when it spans all namespaces.
@@ -184,8 +196,7 @@ fn collect(
     call: &Call<'_>,
     options: &ListOptions,
     prefix: &Bytes,
-    mut start: Bytes,
-    mut revision: Option<u64>,
+    Next { key: mut start, mut revision, left }: Next,
 ) -> Result<Page, Status> {
     let end = prefix_end(prefix);
     let limit = usize::try_from(options.limit).unwrap_or(usize::MAX);
@@ -198,7 +209,7 @@ fn collect(
             revision,
             limit: fetch,
             keys_only: false,
-            count: limit > 0 && !options.selects(),
+            count: limit > 0 && !options.selects() && left.is_none(),
         };
         let response = match call.server.backend().store().range(&request) {
             Ok(response) => response,
@@ -207,7 +218,7 @@ fn collect(
             }
             Err(StoreError::Compacted { .. }) => {
                 let after = start.strip_suffix(b"\x01").unwrap_or(&start);
-                return Err(Status::expired(CONTINUE_EXPIRED).with_continue(encode_token(prefix, after, -1)));
+                return Err(Status::expired(CONTINUE_EXPIRED).with_continue(encode_token(prefix, after, -1, None)));
             }
             Err(StoreError::FutureRevision { revision: newest }) => {
                 return Err(Status::too_large_resource_version(revision.unwrap_or(0), newest));
@@ -236,10 +247,11 @@ fn collect(
             return Ok(page);
         }
         if page.kvs.len() >= limit {
-            page.continue_token = encode_token(prefix, &last, i64::try_from(page.revision).unwrap_or(i64::MAX));
             if !options.selects() {
-                page.remaining = Some(response.count.saturating_sub(limit as u64));
+                page.remaining = Some(left.unwrap_or(response.count).saturating_sub(limit as u64));
             }
+            let revision = i64::try_from(page.revision).unwrap_or(i64::MAX);
+            page.continue_token = encode_token(prefix, &last, revision, page.remaining);
             return Ok(page);
         }
         let mut next = BytesMut::from(&last[..]);
@@ -374,13 +386,18 @@ mod tests {
 
     #[test]
     fn continue_tokens() {
-        let token = encode_token(b"/registry/core/pods/", b"/registry/core/pods/default/a", 7);
+        let token = encode_token(b"/registry/core/pods/", b"/registry/core/pods/default/a", 7, None);
         let bytes = URL_SAFE_NO_PAD.decode(&token).unwrap();
         assert_eq!(bytes, br#"{"v":"meta.k8s.io/v1","rv":7,"start":"default/a\u0000"}"#);
-        let (key, revision) = decode_token(b"/registry/core/pods/", &token).unwrap();
-        assert_eq!((&key[..], revision), (&b"/registry/core/pods/default/a\x01"[..], Some(7)));
-        let inconsistent = encode_token(b"/p/", b"/p/a", -1);
-        assert_eq!(decode_token(b"/p/", &inconsistent).unwrap().1, None);
+        let key = Bytes::from_static(b"/registry/core/pods/default/a\x01");
+        let next = decode_token(b"/registry/core/pods/", &token).unwrap();
+        assert_eq!(next, Next { key: key.clone(), revision: Some(7), left: None });
+        let counted = encode_token(b"/registry/core/pods/", b"/registry/core/pods/default/a", 7, Some(40));
+        let next = decode_token(b"/registry/core/pods/", &counted).unwrap();
+        assert_eq!(next, Next { key, revision: Some(7), left: Some(40) });
+        let inconsistent = encode_token(b"/p/", b"/p/a", -1, Some(3));
+        let next = decode_token(b"/p/", &inconsistent).unwrap();
+        assert_eq!((next.revision, next.left), (None, None));
         let evil = URL_SAFE_NO_PAD.encode(r#"{"v":"meta.k8s.io/v1","rv":7,"start":"../secrets/a"}"#);
         assert_eq!(decode_token(b"/p/", &evil).unwrap_err().code(), 400);
     }

@@ -196,23 +196,38 @@ impl Store {
         let mut answer = RangeResponse { revision, kvs: Vec::new(), more: false, count: 0 };
         for kv in self.live(&request.start, &request.end, revision) {
             let mut kv = kv?;
-            answer.count += 1;
             if answer.kvs.len() == limit {
                 answer.more = true;
-                if !request.count {
-                    answer.count -= 1;
-                    break;
+                if request.count {
+                    answer.count = self.count(&kv.key, &request.end, revision)?;
                 }
-                continue;
+                break;
             }
             if request.keys_only {
                 kv.value = Bytes::new();
             }
             answer.kvs.push(kv);
         }
+        answer.count += answer.kvs.len() as u64;
         // A compaction that passed the revision meanwhile may have taken rows away.
         self.check_not_compacted(revision)?;
         Ok(answer)
+    }
+
+    /// How many keys exist in a range at a revision.
+    fn count(&self, start: &[u8], end: &[u8], revision: u64) -> Result<u64, StoreError> {
+        let (from, to) = rows::version_bounds(start, end);
+        let (mut done, mut count) = (Bytes::new(), 0);
+        for row in self.shared.engine.marks(from, to) {
+            let (row, mark) = row?;
+            let (key, at) = rows::split_version_row(&row).ok_or_else(|| StoreError::damaged(&row))?;
+            if at > revision || key == done {
+                continue;
+            }
+            done = key;
+            count += u64::from(!rows::is_tombstone(&mark));
+        }
+        Ok(count)
     }
 
     fn check_not_compacted(&self, revision: u64) -> Result<(), StoreError> {

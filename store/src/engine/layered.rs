@@ -83,10 +83,10 @@ impl Layer {
 
     /// The rows of `start..end` in order; the lock is held for a chunk of them at a time.
     fn scan(self: Arc<Self>, start: Bytes, end: Bytes) -> impl Iterator<Item = (Bytes, Slot)> {
+        let mut ended = start >= end;
         let mut next = Bound::Included(start);
         let mut chunk = Vec::new().into_iter();
         let mut size = 2;
-        let mut ended = false;
         std::iter::from_fn(move || {
             if let Some(row) = chunk.next() {
                 return Some(row);
@@ -275,48 +275,16 @@ impl Engine for Layered {
     }
 
     fn scan<'a>(&'a self, start: Bytes, end: Bytes) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a> {
-        if start >= end {
-            return Box::new(std::iter::empty());
-        }
-        let Layers { active, frozen } = self.shared.layers();
-        let mut active = active.scan(start.clone(), end.clone()).peekable();
-        let mut frozen = frozen.unwrap_or_default().scan(start.clone(), end.clone()).peekable();
-        let mut below = self.shared.sled.scan(start, end).peekable();
-        Box::new(std::iter::from_fn(move || {
-            loop {
-                let heads = [
-                    active.peek().map(|(row, _)| row),
-                    frozen.peek().map(|(row, _)| row),
-                    match below.peek() {
-                        Some(Err(_)) => return below.next(),
-                        Some(Ok((row, _))) => Some(row),
-                        None => None,
-                    },
-                ];
-                let least = heads.into_iter().flatten().min()?;
-                let holds = heads.map(|head| head == Some(least));
-                // The uppermost layer that has the row is right; the others' are passed over.
-                let mut found: Option<(Bytes, Option<Bytes>)> = None;
-                if holds[0]
-                    && let Some((row, slot)) = active.next()
-                {
-                    found = Some((row, slot.value));
-                }
-                if holds[1]
-                    && let Some((row, slot)) = frozen.next()
-                {
-                    found.get_or_insert((row, slot.value));
-                }
-                if holds[2]
-                    && let Some(Ok((row, value))) = below.next()
-                {
-                    found.get_or_insert((row, Some(value)));
-                }
-                if let Some((row, Some(value))) = found {
-                    return Some(Ok((row, value)));
-                }
-            }
-        }))
+        // Taken before sled is looked at: rows only go down.
+        let layers = self.shared.layers();
+        let below = self.shared.sled.scan(start.clone(), end.clone());
+        Box::new(merge(layers, below, start, end))
+    }
+
+    fn marks<'a>(&'a self, start: Bytes, end: Bytes) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a> {
+        let layers = self.shared.layers();
+        let below = self.shared.sled.marks(start.clone(), end.clone());
+        Box::new(merge(layers, below, start, end))
     }
 
     fn write(&self, batch: Batch) -> Result<(), EngineError> {
@@ -362,6 +330,52 @@ impl Drop for Layered {
             let _ = thread.join();
         }
     }
+}
+
+/// The rows of all layers and of sled in order, each as the uppermost layer has it.
+fn merge<'a>(
+    layers: Layers,
+    below: impl Iterator<Item = Result<Row, EngineError>> + 'a,
+    start: Bytes,
+    end: Bytes,
+) -> impl Iterator<Item = Result<Row, EngineError>> + 'a {
+    let Layers { active, frozen } = layers;
+    let mut active = active.scan(start.clone(), end.clone()).peekable();
+    let mut frozen = frozen.unwrap_or_default().scan(start, end).peekable();
+    let mut below = below.peekable();
+    std::iter::from_fn(move || {
+        loop {
+            let (upper, middle) = (active.peek().map(|(row, _)| row), frozen.peek().map(|(row, _)| row));
+            let lower = match below.peek() {
+                // Most rows are here alone.
+                Some(Ok(_)) if upper.is_none() && middle.is_none() => return below.next(),
+                Some(Ok((row, _))) => Some(row),
+                Some(Err(_)) => return below.next(),
+                None => None,
+            };
+            let least = [upper, middle, lower].into_iter().flatten().min()?;
+            let holds = [upper == Some(least), middle == Some(least), lower == Some(least)];
+            let mut found: Option<(Bytes, Option<Bytes>)> = None;
+            if holds[0]
+                && let Some((row, slot)) = active.next()
+            {
+                found = Some((row, slot.value));
+            }
+            if holds[1]
+                && let Some((row, slot)) = frozen.next()
+            {
+                found.get_or_insert((row, slot.value));
+            }
+            if holds[2]
+                && let Some(Ok((row, value))) = below.next()
+            {
+                found.get_or_insert((row, Some(value)));
+            }
+            if let Some((row, Some(value))) = found {
+                return Some(Ok((row, value)));
+            }
+        }
+    })
 }
 
 #[cfg(test)]

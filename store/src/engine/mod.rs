@@ -78,6 +78,10 @@ pub trait Engine: Send + Sync + 'static {
     fn get(&self, row: &[u8]) -> Result<Option<Bytes>, EngineError>;
     /// The rows of `start..end` in order.
     fn scan<'a>(&'a self, start: Bytes, end: Bytes) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a>;
+    /// As [`Engine::scan`], with no more than the first byte of each value.
+    fn marks<'a>(&'a self, start: Bytes, end: Bytes) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a> {
+        self.scan(start, end)
+    }
     /// The first row of `start..end`, where rows written later sort before earlier ones (the versions of one key do).
     fn newest(&self, start: Bytes, end: Bytes) -> Result<Option<Row>, EngineError> {
         self.scan(start, end).next().transpose()

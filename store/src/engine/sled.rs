@@ -44,8 +44,17 @@ impl Sled {
     }
 }
 
+/// Shorter than this, a copy costs less than sharing.
+const SHARED: usize = 128;
+
+/// Long values share the memory of sled's cache.
 fn to_bytes(v: sled::IVec) -> Bytes {
-    Bytes::copy_from_slice(&v)
+    if v.len() < SHARED { Bytes::copy_from_slice(&v) } else { Bytes::from_owner(v) }
+}
+
+/// The first byte, if there is one.
+fn mark(v: &sled::IVec) -> Bytes {
+    Bytes::copy_from_slice(v.get(..1).unwrap_or_default())
 }
 
 impl Engine for Sled {
@@ -60,6 +69,16 @@ impl Engine for Sled {
         Box::new(self.db.range(start..end).map(|row| {
             let (k, v) = row.map_err(failed("scanning rows"))?;
             Ok((to_bytes(k), to_bytes(v)))
+        }))
+    }
+
+    fn marks<'a>(&'a self, start: Bytes, end: Bytes) -> Box<dyn Iterator<Item = Result<Row, EngineError>> + 'a> {
+        if start >= end {
+            return Box::new(std::iter::empty());
+        }
+        Box::new(self.db.range(start..end).map(|row| {
+            let (k, v) = row.map_err(failed("scanning rows"))?;
+            Ok((to_bytes(k), mark(&v)))
         }))
     }
 
