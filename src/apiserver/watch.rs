@@ -28,6 +28,16 @@ const LAST_BOOKMARK: Duration = Duration::from_secs(2);
 const TIMEOUT_MIN: u64 = 1800;
 /// Lines gathered into one frame, in bytes.
 const FRAME: usize = 64 * 1024;
+/// So many watchers of one range add a millisecond to the rest between two frames of each, up to the longest rest. What comes
+/// meanwhile goes out together: to deliver each change of a busy collection to a thousand clients by itself would leave no
+/// processor for those who write. The first change after a rest is never held up.
+const CROWD: usize = 50;
+const REST_MAX: Duration = Duration::from_millis(25);
+
+/// How long a watcher rests after a frame.
+fn rest(crowd: usize) -> Duration {
+    Duration::from_millis((crowd / CROWD) as u64).min(REST_MAX)
+}
 
 /// What all watchers of an event share.
 #[derive(Default)]
@@ -271,7 +281,7 @@ pub async fn watch(call: &Call<'_>) -> Result<Response<Body>, Status> {
     if let Some(last) = deadline.checked_sub(LAST_BOOKMARK).filter(|last| *last > now) {
         next_bookmark = next_bookmark.min(last);
     }
-    let stream = Stream { view, watcher, pending, from, deadline, next_bookmark, ended: false };
+    let stream = Stream { view, watcher, pending, from, deadline, next_bookmark, rested: now, ended: false };
     let shutdown = call.server.shutdown();
     let lines = futures::stream::unfold((stream, shutdown), async |(mut stream, shutdown)| {
         let frame = tokio::select! {
@@ -323,6 +333,8 @@ struct Stream {
     from: u64,
     deadline: Instant,
     next_bookmark: Instant,
+    /// No frame is made of new events before this.
+    rested: Instant,
     ended: bool,
 }
 
@@ -336,6 +348,10 @@ impl Stream {
             if self.ended {
                 return None;
             }
+            let now = Instant::now();
+            if self.rested > now {
+                tokio::time::sleep_until(self.rested.min(self.deadline)).await;
+            }
             let wake = if self.view.options.bookmarks { self.next_bookmark.min(self.deadline) } else { self.deadline };
             tokio::select! {
                 biased;
@@ -344,6 +360,7 @@ impl Stream {
                         for event in &batch.events {
                             self.pending.extend(self.view.line(event));
                         }
+                        self.rested = Instant::now() + rest(self.watcher.crowd());
                     }
                     Err(error) => self.fail(&error),
                 },
@@ -400,6 +417,13 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_crowd_rests() {
+        for (crowd, milliseconds) in [(1, 0), (49, 0), (50, 1), (1000, 20), (100_000, 25)] {
+            assert_eq!(rest(crowd), Duration::from_millis(milliseconds), "{crowd}");
+        }
+    }
 
     #[test]
     fn selectors_turn_changes_into_additions_and_deletions() {

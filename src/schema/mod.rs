@@ -15,6 +15,7 @@
 //! | [`table`] | reads `table.txt` (written by `generate.py`, reviewable) into that graph, once, about 1 ms |
 //! | [`decode`] | request bodies (JSON, YAML) to values: group, version and kind, strict fields, upstream's error texts |
 //! | [`typed`] | the walk under it: what Go's decoder and encoder make of a value of a type |
+//! | `keys` | keys of maps and structs |
 //! | [`quantity`], [`time`] | scalars with a canonical form |
 //! | [`default`] | static defaults of the table and the conditional ones |
 //! | [`proto`] | protobuf bodies to values and back |
@@ -29,6 +30,7 @@ pub mod decode;
 pub mod default;
 mod generic;
 mod hooks;
+mod keys;
 pub mod managed;
 pub mod node;
 pub mod openapi;

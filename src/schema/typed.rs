@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::keys::{FieldKey, Key, base64_error};
 use super::node::{Field, Kind, Schema, TypeId};
 use super::{quantity, time};
 
@@ -449,89 +450,6 @@ impl<'de> Visitor<'de> for Seed<'_, '_> {
             }
         }
     }
-}
-
-/// A map key; YAML may bring one that is not a string.
-struct Key;
-
-impl<'de> DeserializeSeed<'de> for Key {
-    type Value = String;
-
-    fn deserialize<D: Deserializer<'de>>(self, source: D) -> Result<String, D::Error> {
-        source.deserialize_any(self)
-    }
-}
-
-impl Visitor<'_> for Key {
-    type Value = String;
-
-    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("a key")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<String, E> {
-        Ok(value.to_owned())
-    }
-
-    fn visit_string<E: serde::de::Error>(self, value: String) -> Result<String, E> {
-        Ok(value)
-    }
-}
-
-/// The key of a struct: index of the field, or the unknown name.
-struct FieldKey<'s> {
-    schema: &'s Schema,
-    owner: TypeId,
-}
-
-impl<'de> DeserializeSeed<'de> for FieldKey<'_> {
-    type Value = Result<usize, String>;
-
-    fn deserialize<D: Deserializer<'de>>(self, source: D) -> Result<Self::Value, D::Error> {
-        source.deserialize_any(self)
-    }
-}
-
-impl Visitor<'_> for FieldKey<'_> {
-    type Value = Result<usize, String>;
-
-    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("a field name")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Self::Value, E> {
-        Ok(self.schema.field_at(self.owner, value).map(|(index, _)| index).ok_or_else(|| value.to_owned()))
-    }
-}
-
-/// Offset at which Go's decoder of padded standard base64 would stop, or 0 with line breaks in an otherwise good text.
-fn base64_error(text: &str) -> Option<usize> {
-    let bytes = text.as_bytes();
-    let good = |b: u8| b.is_ascii_alphanumeric() || b == b'+' || b == b'/';
-    let (mut count, mut breaks) = (0usize, false);
-    let mut index = 0;
-    while index < bytes.len() {
-        match bytes[index] {
-            b'\n' | b'\r' => breaks = true,
-            b'=' => break,
-            b if good(b) => count += 1,
-            _ => return Some(index),
-        }
-        index += 1;
-    }
-    let padding = bytes[index..].iter().filter(|b| !matches!(b, b'\n' | b'\r')).count();
-    breaks |= bytes[index..].iter().any(|b| matches!(b, b'\n' | b'\r'));
-    let all_padding = bytes[index..].iter().all(|b| matches!(b, b'=' | b'\n' | b'\r'));
-    let wanted = match count % 4 {
-        0 => 0,
-        2 => 2,
-        3 => 1,
-        _ => return Some(index),
-    };
-    if !all_padding || padding != wanted {
-        return Some(if padding < wanted { bytes.len() } else { index });
-    }
-    breaks.then_some(0)
 }
 
 #[cfg(test)]

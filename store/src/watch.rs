@@ -231,6 +231,11 @@ impl Watcher {
         }
     }
 
+    /// How many watch the same range.
+    pub fn crowd(&self) -> usize {
+        self.group.watchers.load(Ordering::Relaxed)
+    }
+
     /// The revision up to which everything has been delivered; what a bookmark may say. `None` while events wait.
     pub fn progress(&mut self) -> Option<u64> {
         let revision = self.store.revision();

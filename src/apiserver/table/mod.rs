@@ -6,12 +6,14 @@
 //! | --- | --- |
 //! | [`pod`] | pods |
 //! | [`workloads`] | what makes pods |
-//! | [`cluster`] | network, storage, nodes, access |
+//! | [`cluster`] | network, nodes, access, policy |
+//! | [`storage`] | volumes and claims |
 //! | [`format`] | how values read in cells |
 
 mod cluster;
 mod format;
 mod pod;
+mod storage;
 mod workloads;
 
 use super::call::partial_metadata;
@@ -157,14 +159,14 @@ fn printer(resource: &Resource) -> &'static Printer {
         ("", "Secret") => &cluster::SECRET,
         ("", "ConfigMap") => &cluster::CONFIG_MAP,
         ("", "ServiceAccount") | ("resource.k8s.io", "DeviceClass" | "ResourceClaimTemplate") => &cluster::NAME_AND_AGE,
-        ("", "PersistentVolume") => &cluster::VOLUME,
-        ("", "PersistentVolumeClaim") => &cluster::CLAIM,
-        ("storage.k8s.io", "StorageClass") => &cluster::STORAGE_CLASS,
-        ("storage.k8s.io", "VolumeAttributesClass") => &cluster::ATTRIBUTES_CLASS,
-        ("storage.k8s.io", "VolumeAttachment") => &cluster::ATTACHMENT,
-        ("storage.k8s.io", "CSINode") => &cluster::CSI_NODE,
-        ("storage.k8s.io", "CSIDriver") => &cluster::CSI_DRIVER,
-        ("storage.k8s.io", "CSIStorageCapacity") => &cluster::CSI_CAPACITY,
+        ("", "PersistentVolume") => &storage::VOLUME,
+        ("", "PersistentVolumeClaim") => &storage::CLAIM,
+        ("storage.k8s.io", "StorageClass") => &storage::STORAGE_CLASS,
+        ("storage.k8s.io", "VolumeAttributesClass") => &storage::ATTRIBUTES_CLASS,
+        ("storage.k8s.io", "VolumeAttachment") => &storage::ATTACHMENT,
+        ("storage.k8s.io", "CSINode") => &storage::CSI_NODE,
+        ("storage.k8s.io", "CSIDriver") => &storage::CSI_DRIVER,
+        ("storage.k8s.io", "CSIStorageCapacity") => &storage::CSI_CAPACITY,
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => &cluster::BINDING,
         ("certificates.k8s.io", "CertificateSigningRequest") => &cluster::SIGNING_REQUEST,
         ("coordination.k8s.io", "Lease") => &cluster::LEASE,
