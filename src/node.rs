@@ -81,6 +81,7 @@ async fn run_until(settings: Settings, shutdown: CancellationToken) -> anyhow::R
     config.cluster_cidr = cluster.cluster_cidrs;
     config.service_cidr = cluster.service_cidrs;
     config.cluster_dns = cluster.cluster_dns;
+    config.backend = cluster.flannel_backend;
     config.cluster_domain = cluster.cluster_domain;
     config.node_ips = settings.node_ips;
     config.node_labels = settings.node_labels;

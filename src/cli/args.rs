@@ -125,7 +125,7 @@ pub struct ServerArgs {
     /// More names or addresses for the server's certificate; may be repeated
     #[arg(long, env = "CORACLE_TLS_SAN", value_delimiter = ',', value_name = "NAME", help_heading = "Listener")]
     pub tls_san: Vec<String>,
-    /// Address range of pods
+    /// Address range of pods; for dual stack one of each family, such as "10.42.0.0/16,fd42::/56"
     #[arg(
         long,
         env = "CORACLE_CLUSTER_CIDR",
@@ -134,7 +134,7 @@ pub struct ServerArgs {
         help_heading = "Network"
     )]
     pub cluster_cidr: String,
-    /// Address range of Services
+    /// Address range of Services; for dual stack one of each family, such as "10.43.0.0/16,fd43::/112"
     #[arg(
         long,
         env = "CORACLE_SERVICE_CIDR",
@@ -152,9 +152,18 @@ pub struct ServerArgs {
         help_heading = "Network"
     )]
     pub service_node_port_range: String,
-    /// Address of the cluster DNS (default: the tenth of the Service range)
-    #[arg(long, env = "CORACLE_CLUSTER_DNS", value_name = "IP", help_heading = "Network")]
-    pub cluster_dns: Option<IpAddr>,
+    /// Addresses of the cluster DNS (default: the tenth of each Service range)
+    #[arg(long, env = "CORACLE_CLUSTER_DNS", value_delimiter = ',', value_name = "IP", help_heading = "Network")]
+    pub cluster_dns: Vec<IpAddr>,
+    /// How pods of different nodes reach each other: vxlan, host-gw (all nodes on one L2 segment) or none
+    #[arg(
+        long,
+        env = "CORACLE_FLANNEL_BACKEND",
+        default_value = "vxlan",
+        value_name = "BACKEND",
+        help_heading = "Network"
+    )]
+    pub flannel_backend: String,
     /// DNS domain of the cluster
     #[arg(
         long,

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::bail;
+use coracle_agent::net::Backend;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
 
@@ -38,15 +39,12 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     let mut faults = Faults::default();
     let name = args.node_name.clone().map_or_else(host_name, Ok)?;
     let node_name = faults.check("node-name", &name, node_name(&name));
-    let cluster_cidr = faults.check("cluster-cidr", &args.cluster_cidr, cidr(&args.cluster_cidr, 22));
-    let service_cidr = faults.check("service-cidr", &args.service_cidr, cidr(&args.service_cidr, 28));
-    if let (Some(pods), Some(services)) = (cluster_cidr, service_cidr)
-        && (pods.contains(&services) || services.contains(&pods))
-    {
-        faults
-            .0
-            .push(format!("--cluster-cidr {pods} and --service-cidr {services} overlap; choose two separate ranges"));
+    let cluster_cidr = faults.check("cluster-cidr", &args.cluster_cidr, cidrs(&args.cluster_cidr, 22, 64));
+    let service_cidr = faults.check("service-cidr", &args.service_cidr, cidrs(&args.service_cidr, 28, 124));
+    if let (Some(pods), Some(services)) = (&cluster_cidr, &service_cidr) {
+        check_ranges(pods, services, &mut faults);
     }
+    let backend = faults.check("flannel-backend", &args.flannel_backend, args.flannel_backend.parse::<Backend>());
     let range = &args.service_node_port_range;
     let node_ports = faults.check("service-node-port-range", range, port_range(range));
     let mode = &args.write_kubeconfig_mode;
@@ -57,12 +55,7 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         args.node_label.iter().filter_map(|text| faults.check("node-label", text, label(text))).collect();
     let taints: Vec<_> =
         args.node_taint.iter().filter_map(|text| faults.check("node-taint", text, taint(text))).collect();
-    let dns = args.cluster_dns.or_else(|| service_cidr.and_then(|range| range.hosts().nth(9)));
-    if let (Some(range), Some(dns)) = (service_cidr, dns)
-        && !range.contains(&dns)
-    {
-        faults.0.push(format!("--cluster-dns {dns}: must lie in --service-cidr {range}"));
-    }
+    let dns = service_cidr.as_deref().map(|ranges| cluster_dns(&args.cluster_dns, ranges, &mut faults));
     for san in &args.tls_san {
         let valid = san.parse::<IpAddr>().is_ok() || domain_name(san.strip_prefix("*.").unwrap_or(san)).is_ok();
         let valid = if valid { Ok(()) } else { Err("expected a DNS name or an IP address") };
@@ -89,8 +82,9 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         Some(node_ports),
         Some(kubeconfig_mode),
         Some(dns),
+        Some(backend),
         true,
-    ) = (node_name, cluster_cidr, service_cidr, node_ports, kubeconfig_mode, dns, faults.0.is_empty())
+    ) = (node_name, cluster_cidr, service_cidr, node_ports, kubeconfig_mode, dns, backend, faults.0.is_empty())
     else {
         bail!("the settings are not usable:\n  {}", faults.0.join("\n  "));
     };
@@ -110,6 +104,7 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         token,
         cluster_cidr,
         service_cidr,
+        backend,
         node_ports,
         cluster_dns: dns,
         cluster_domain: domain,
@@ -177,15 +172,62 @@ fn domain_name(name: &str) -> Result<(), String> {
     Err("expected lower case letters, digits, '-' and '.', such as \"node-1\" or \"node-1.example.com\"".to_owned())
 }
 
-fn cidr(text: &str, longest: u8) -> Result<IpNet, String> {
-    let net: IpNet = text.parse().map_err(|_| "expected a range such as \"10.42.0.0/16\"".to_owned())?;
-    let IpNet::V4(v4) = net else {
-        return Err("IPv6 and dual-stack ranges are not available yet; give one IPv4 range".to_owned());
+/// One range, or one of each family with the primary one first; a prefix may be as long as given for its family.
+fn cidrs(text: &str, longest_v4: u8, longest_v6: u8) -> Result<Vec<IpNet>, String> {
+    let parse = |text: &str| -> Result<IpNet, String> {
+        let expected = "expected a range such as \"10.42.0.0/16\", or one of each family, \"10.42.0.0/16,fd42::/56\"";
+        let net: IpNet = text.trim().parse().map_err(|_| expected.to_owned())?;
+        let longest = if net.addr().is_ipv4() { longest_v4 } else { longest_v6 };
+        if net.prefix_len() > longest {
+            return Err(format!("{net} is too small; give a range of at least /{longest}"));
+        }
+        Ok(net.trunc())
     };
-    if v4.prefix_len() > longest {
-        return Err(format!("too small; give a range of at least /{longest}"));
+    let nets = text.split(',').map(parse).collect::<Result<Vec<_>, _>>()?;
+    match nets.as_slice() {
+        [_] => Ok(nets),
+        [first, second] if first.addr().is_ipv4() != second.addr().is_ipv4() => Ok(nets),
+        _ => Err("give at most one IPv4 and one IPv6 range".to_owned()),
     }
-    Ok(IpNet::V4(v4.trunc()))
+}
+
+fn check_ranges(pods: &[IpNet], services: &[IpNet], faults: &mut Faults) {
+    for (pods, services) in pods.iter().flat_map(|pods| services.iter().map(move |services| (pods, services))) {
+        if pods.contains(services) || services.contains(pods) {
+            faults.0.push(format!(
+                "--cluster-cidr {pods} and --service-cidr {services} overlap; choose two separate ranges"
+            ));
+        }
+    }
+    let families = |ranges: &[IpNet]| ranges.iter().map(|range| range.addr().is_ipv4()).collect::<Vec<_>>();
+    if families(pods) != families(services) {
+        faults.0.push(
+            "--cluster-cidr and --service-cidr must have ranges of the same families, in the same order".to_owned(),
+        );
+    }
+}
+
+/// The addresses given, or the tenth of each range.
+fn cluster_dns(given: &[IpAddr], ranges: &[IpNet], faults: &mut Faults) -> Vec<IpAddr> {
+    let chosen: Vec<IpAddr> = match given {
+        [] => ranges.iter().filter_map(|range| nth(*range, 10)).collect(),
+        given => given.to_vec(),
+    };
+    for dns in &chosen {
+        if !ranges.iter().any(|range| range.contains(dns)) {
+            let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+            faults.0.push(format!("--cluster-dns {dns}: must lie in --service-cidr {}", ranges.join(",")));
+        }
+    }
+    chosen
+}
+
+fn nth(range: IpNet, n: u8) -> Option<IpAddr> {
+    let ip = match range.network() {
+        IpAddr::V4(ip) => IpAddr::from(std::net::Ipv4Addr::from_bits(ip.to_bits().checked_add(u32::from(n))?)),
+        IpAddr::V6(ip) => IpAddr::from(std::net::Ipv6Addr::from_bits(ip.to_bits().checked_add(u128::from(n))?)),
+    };
+    range.contains(&ip).then_some(ip)
 }
 
 fn port_range(text: &str) -> Result<std::ops::RangeInclusive<u16>, String> {
@@ -238,9 +280,29 @@ mod tests {
     #[test]
     fn defaults_are_those_of_k3s() {
         let settings = parse(&[]).unwrap();
-        assert_eq!(settings.cluster_dns.to_string(), "10.43.0.10");
+        assert_eq!(settings.cluster_dns, ["10.43.0.10".parse::<IpAddr>().unwrap()]);
+        assert_eq!(settings.backend, Backend::Vxlan);
         assert_eq!((settings.node_ports, settings.kubeconfig_mode), (30000..=32767, 0o600));
         assert!(settings.agent && settings.dns && settings.service_proxy);
+    }
+
+    #[test]
+    fn ranges_of_both_families_are_given_as_k3s_users_do() {
+        let settings =
+            parse(&["--cluster-cidr=10.42.0.0/16,fd42::/56", "--service-cidr=10.43.0.0/16,fd43::/112"]).unwrap();
+        let dns: Vec<String> = settings.cluster_dns.iter().map(ToString::to_string).collect();
+        assert_eq!(dns, ["10.43.0.10", "fd43::a"]);
+        let settings = parse(&["--cluster-cidr=fd42::/56", "--service-cidr=fd43::/112", "--flannel-backend=host-gw"]);
+        assert_eq!(settings.unwrap().backend, Backend::HostGw);
+        for (flags, part) in [
+            (&["--cluster-cidr=10.42.0.0/16,10.44.0.0/16"][..], "at most one IPv4 and one IPv6"),
+            (&["--cluster-cidr=10.42.0.0/16,fd42::/56"], "the same families"),
+            (&["--cluster-cidr=fd42::/80", "--service-cidr=fd43::/112"], "at least /64"),
+            (&["--flannel-backend=wireguard-native"], "use vxlan or host-gw"),
+        ] {
+            let text = parse(flags).unwrap_err().to_string();
+            assert!(text.contains(part), "{part} is missing in: {text}");
+        }
     }
 
     #[test]

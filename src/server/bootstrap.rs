@@ -43,12 +43,12 @@ pub async fn ensure(client: &kube::Client, settings: &Settings, service_ip: IpAd
     }
     let range = json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
-        "spec": {"cidrs": [settings.service_cidr.to_string()]},
+        "spec": {"cidrs": settings.service_cidr.iter().map(ToString::to_string).collect::<Vec<_>>()},
     });
     create(client, "/apis/networking.k8s.io/v1/servicecidrs", range).await?;
     kubernetes_service(client, settings, service_ip).await?;
     if settings.dns {
-        dns_service(client, settings.cluster_dns).await?;
+        dns_service(client, settings.cluster_dns[0]).await?;
     }
     Ok(())
 }

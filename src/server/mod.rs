@@ -113,7 +113,7 @@ pub fn explain(error: &dyn std::error::Error) -> String {
 
 /// Where Service addresses and node ports come from.
 pub fn service_network(settings: &Settings) -> ServiceNetwork {
-    ServiceNetwork { range: settings.service_cidr, node_ports: settings.node_ports.clone() }
+    ServiceNetwork { range: settings.service_cidr[0], node_ports: settings.node_ports.clone() }
 }
 
 /// The secret by which the node of this machine proves that it is the one of before.
@@ -409,7 +409,7 @@ impl Running {
         let controllers = controllers::spawn_all(controllers::Context {
             client_for: identities::client_for(&api),
             leadership: leadership.clone(),
-            cluster_cidrs: vec![settings.cluster_cidr],
+            cluster_cidrs: settings.cluster_cidr.clone(),
             root_ca_pem: security.keys.server_ca.certificate_pem().into(),
             shutdown: shutdown.clone(),
         });

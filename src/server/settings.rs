@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use coracle_agent::net::Backend;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
 
@@ -25,14 +26,16 @@ pub struct Settings {
     pub server: Option<String>,
     /// The token to join with, as given.
     pub token: Option<String>,
-    /// Addresses of pods.
-    pub cluster_cidr: IpNet,
-    /// Addresses of Services.
-    pub service_cidr: IpNet,
+    /// Addresses of pods, at most one range per family, the primary family first.
+    pub cluster_cidr: Vec<IpNet>,
+    /// Addresses of Services, likewise.
+    pub service_cidr: Vec<IpNet>,
+    /// How pods of different nodes reach each other.
+    pub backend: Backend,
     /// Ports of NodePort Services.
     pub node_ports: RangeInclusive<u16>,
-    /// Address of the cluster DNS.
-    pub cluster_dns: IpAddr,
+    /// Addresses of the cluster DNS, in the families of `service_cidr`.
+    pub cluster_dns: Vec<IpAddr>,
     /// DNS domain of the cluster.
     pub cluster_domain: String,
     /// Where the administrator's kubeconfig goes.

@@ -12,6 +12,7 @@ use super::credentials::FreshKey;
 use super::introduction::{IntroductionError, introduce};
 use super::request::{RequestError, post};
 use super::token::Token;
+use crate::net::Backend;
 use crate::servers::resolve::Resolver;
 
 /// Where agents ask.
@@ -31,6 +32,9 @@ pub struct ClusterSettings {
     pub cluster_dns: Vec<IpAddr>,
     /// DNS domain of the cluster.
     pub cluster_domain: String,
+    /// How pods of different nodes reach each other.
+    #[serde(default)]
+    pub flannel_backend: Backend,
 }
 
 /// Ranges as everybody writes them.

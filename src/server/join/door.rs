@@ -174,9 +174,10 @@ impl Door {
         Ok(json!({
             "certificate": jwt::pem("CERTIFICATE", &certificate),
             "ca": keys.server_ca.certificate_pem(),
-            "clusterCidrs": [settings.cluster_cidr],
-            "serviceCidrs": [settings.service_cidr],
-            "clusterDns": [settings.cluster_dns],
+            "clusterCidrs": settings.cluster_cidr,
+            "serviceCidrs": settings.service_cidr,
+            "clusterDns": settings.cluster_dns,
+            "flannelBackend": settings.flannel_backend,
             "clusterDomain": settings.cluster_domain,
             "servers": servers,
         }))

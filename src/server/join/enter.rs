@@ -225,10 +225,11 @@ mod tests {
             keys: STANDARD.encode(keys),
             members: vec![Member::new(1, "n1", "10.0.0.1:6443")],
             settings: Agreement {
-                cluster_cidr: "10.42.0.0/16".into(),
-                service_cidr: "10.43.0.0/16".into(),
+                cluster_cidr: vec!["10.42.0.0/16".into()],
+                service_cidr: vec!["10.43.0.0/16".into()],
+                flannel_backend: Default::default(),
                 service_node_port_range: "30000-32767".into(),
-                cluster_dns: "10.43.0.10".parse().unwrap(),
+                cluster_dns: vec!["10.43.0.10".parse().unwrap()],
                 cluster_domain: "cluster.local".into(),
             },
         };

@@ -156,7 +156,7 @@ struct Worker {
 impl Worker {
     /// The event that was being taken is lost and what derives from others may be half done.
     fn recover(&mut self) {
-        self.plan = std::mem::take(&mut self.plan).from_inputs();
+        self.plan = std::mem::take(&mut self.plan).renewed();
         self.listed = Listed { services: None, slices: None, ..std::mem::take(&mut self.listed) };
         self.built = false;
         // A fresh socket cannot have half an answer in it; the table that the old one owned can be adopted.
@@ -218,7 +218,7 @@ impl Worker {
             Input::Disturbed => self.built = false,
             #[cfg(test)]
             Input::Unprotected => {
-                self.kernel.unprotect().unwrap();
+                self.refused = self.kernel.unprotect().err().map(|error| super::describe(&error));
                 self.built = false;
             }
             #[cfg(test)]

@@ -62,7 +62,7 @@ impl Plan {
     }
 
     /// What was told, without anything that was concluded from it.
-    pub fn from_inputs(self) -> Self {
+    pub fn renewed(self) -> Self {
         let Self { node, services, slices, slice_owner, pods, .. } = self;
         let mut fresh = Self { node, slices, slice_owner, pods, ..Self::default() };
         // Claims are made anew by the first look.
