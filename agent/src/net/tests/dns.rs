@@ -78,6 +78,7 @@ fn names_are_answered_on_the_cluster_address_by_datagram_and_stream() {
         answer.and_then(show)
     };
     let found = |ip: &str| Some(("No Error".to_owned(), Some(ip.to_owned())));
+    until("what was told is known", || ask(&a, "web.n.svc.cluster.local.") == found("10.43.0.5"));
     for space in [&a, &world.node] {
         assert_eq!(ask(space, "web.n.svc.cluster.local."), found("10.43.0.5"));
         assert_eq!(ask(space, "no.n.svc.cluster.local."), Some(("Non-Existent Domain".into(), None)));
