@@ -1,4 +1,4 @@
-//! Files that must be whole or not there: written beside, synced, renamed.
+//! Files that must be whole or not there: written beside, then renamed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -11,6 +11,18 @@ use std::path::Path;
 /// # Errors
 /// What the file system says.
 pub fn write_durably(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    put(path, bytes, mode, true)
+}
+
+/// The same without the wait for the disk: for what a power cut may take, but a crash of ours may not tear.
+///
+/// # Errors
+/// What the file system says.
+pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    put(path, bytes, mode, false)
+}
+
+fn put(path: &Path, bytes: &[u8], mode: u32, sync: bool) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -23,9 +35,11 @@ pub fn write_durably(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if sync {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, path)?;
-    File::open(folder)?.sync_all()
+    if sync { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -19,6 +19,9 @@ pub fn is_wanted(headers: &HeaderMap) -> bool {
     says(header::UPGRADE, "websocket") && says(header::CONNECTION, "upgrade")
 }
 
+/// A browser's bearer token, which travels as a sub-protocol but is none.
+const TOKEN: &str = "base64url.bearer.authorization.k8s.io.";
+
 /// The sub-protocols that the client offers, in its order.
 #[must_use]
 pub fn offers(headers: &HeaderMap) -> Vec<&str> {
@@ -27,7 +30,7 @@ pub fn offers(headers: &HeaderMap) -> Vec<&str> {
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(',').map(str::trim))
-        .filter(|offer| !offer.is_empty())
+        .filter(|offer| !offer.is_empty() && !offer.starts_with(TOKEN))
         .collect()
 }
 

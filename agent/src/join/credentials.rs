@@ -77,11 +77,11 @@ pub struct ClientCertificate {
 }
 
 impl ClientCertificate {
-    /// Whether a third of its life is left at most: time for another.
+    /// How long until only a third of its life is left: time for another then.
     #[must_use]
-    pub fn is_due(&self, now: SystemTime) -> bool {
+    pub fn due_in(&self, now: SystemTime) -> Duration {
         let life = self.validity.1.duration_since(self.validity.0).unwrap_or_default();
-        now + life / 3 >= self.validity.1
+        self.validity.1.duration_since(now + life / 3).unwrap_or_default()
     }
 
     /// Whether it has ended.
@@ -263,7 +263,9 @@ mod tests {
         kept.keep_certificate(&key, &pem, "n1").unwrap();
         let found = kept.certificate("n1").unwrap().unwrap();
         let now = SystemTime::now();
-        assert!(!found.is_due(now) && found.is_due(now + Duration::from_secs(2100)));
+        let due = found.due_in(now).as_secs();
+        assert!((1990..=2000).contains(&due), "{due}");
+        assert!(found.due_in(now + Duration::from_secs(2100)).is_zero());
         assert!(!found.is_over(now) && found.is_over(now + Duration::from_secs(3001)));
         assert!(kept.certificate("n2").unwrap().is_none(), "a renamed node needs another");
         let other = FreshKey::make("n1").unwrap();

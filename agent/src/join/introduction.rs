@@ -160,3 +160,29 @@ impl ServerCertVerifier for ByHash {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::join::request::{RequestError, post};
+    use crate::servers::testing::Authority;
+    use std::sync::atomic::Ordering;
+
+    #[tokio::test]
+    async fn only_the_server_whose_ca_has_the_hash_is_spoken_to() {
+        let authority = Authority::new();
+        let server = authority.server().await;
+        let resolver = Resolver::new("/nonexistent".into());
+        let hash = ca_hash(&authority.ca);
+        let introduced = introduce(&resolver, &server.address, hash).await.unwrap();
+        assert_eq!(introduced.ca, authority.ca);
+        // The server answers with text, which is no JSON: the exchange itself stands.
+        let answer = post::<serde_json::Value>(introduced, "/x", "Basic eA==", &serde_json::json!({})).await;
+        assert!(matches!(answer, Err(RequestError::Answer(_))), "{answer:?}");
+        assert_eq!(server.requests.load(Ordering::SeqCst), 1);
+
+        let refused = introduce(&resolver, &server.address, [7; 32]).await.err().unwrap();
+        assert!(refused.is_final() && refused.to_string().contains("Nothing was sent"), "{refused}");
+        assert_eq!(server.requests.load(Ordering::SeqCst), 1);
+    }
+}

@@ -26,6 +26,8 @@ use crate::servers::{Dialer, NodeIdentity, ServerList, Servers, explain};
 
 /// How often the certificate's age is looked at; jumps of the clock make one long sleep unreliable.
 const CHECK: Duration = Duration::from_secs(600);
+/// The shortest time between two looks.
+const MOMENT: Duration = Duration::from_secs(1);
 /// Delays between attempts at being admitted.
 const ADMISSION: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// Delays between attempts at renewal.
@@ -144,7 +146,7 @@ impl Membership {
             let kept = self.credentials.certificate(&self.wish.node_name);
             let kept = kept.unwrap_or_default().filter(|kept| !kept.is_over(now));
             let result = match &kept {
-                Some(kept) if !kept.is_due(now) => Ok(false),
+                Some(kept) if !kept.due_in(now).is_zero() => Ok(false),
                 Some(_) => self.renew(&api).await.map(|()| true),
                 None => self.readmit().await.map(|()| true),
             };
@@ -156,7 +158,8 @@ impl Membership {
                     renewal_delay.reset();
                     admission_delay.reset();
                     complained = false;
-                    CHECK
+                    // What was just renewed is looked at anew in a moment.
+                    kept.as_ref().map_or(MOMENT, |kept| kept.due_in(now)).clamp(MOMENT, CHECK)
                 }
                 Err(error) if kept.is_some() => {
                     tracing::warn!(error, "node certificate not renewed; trying on");

@@ -42,6 +42,16 @@ impl ApiError {
         self.code() == Some(404)
     }
 
+    /// Nobody who can decide has answered: no connection, a server without its cluster, or one that does not know us
+    /// (a certificate that has ended).
+    pub fn is_no_answer(&self) -> bool {
+        match self {
+            ApiError::Status { code, .. } => matches!(code, 401 | 429 | 500..),
+            ApiError::Transport(_) => true,
+            ApiError::Decode(_) => false,
+        }
+    }
+
     /// Somebody else was faster, or the object is another one of the same name.
     pub fn is_conflict(&self) -> bool {
         self.code() == Some(409)

@@ -327,6 +327,7 @@ fn security_context(pod: &Pod, container: &Container, seccomp_dir: &Path) -> cri
         },
         privileged,
         namespace_options: namespaces(pod),
+        pid_target: None,
         run_as_user: own.run_as_user.or(shared.run_as_user),
         run_as_group: own.run_as_group.or(shared.run_as_group),
         run_as_username: String::new(),

@@ -56,6 +56,12 @@ pub fn init_containers(pod: &Pod) -> &[Container] {
     spec(pod).init_containers.as_deref().unwrap_or_default()
 }
 
+/// The container whose process ids an ephemeral one shares.
+pub fn target<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
+    let ephemeral = spec(pod).ephemeral_containers.iter().flatten().find(|container| container.name == name)?;
+    ephemeral.target_container_name.as_deref().filter(|target| !target.is_empty())
+}
+
 /// The container of this name, of any kind.
 pub fn find<'a>(pod: &'a Pod, name: &str) -> Option<PodContainer<'a>> {
     containers(pod).into_iter().find(|found| found.container.name == name)

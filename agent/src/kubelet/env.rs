@@ -5,10 +5,11 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret};
 
-use super::api::{ApiClient, ApiError};
+use super::api::ApiError;
 use super::containers;
 use super::expansion::expand;
 use super::field_ref::{self, NodeFacts};
+use super::reads::Reads;
 use super::service_env::{ServiceFacts, service_environment};
 use crate::runtime::KeyValue;
 
@@ -86,16 +87,16 @@ pub fn references(container: &Container) -> (BTreeSet<&str>, BTreeSet<&str>) {
 ///
 /// # Errors
 /// When the API does not answer; an object that does not exist is no error here.
-pub async fn fetch(api: &ApiClient, pod: &Pod, container: &Container) -> Result<Sources, EnvError> {
+pub async fn fetch(reads: &Reads, pod: &Pod, container: &Container) -> Result<Sources, EnvError> {
     let namespace = containers::namespace(pod);
     let (config_maps, secrets) = references(container);
     let mut sources = Sources::default();
     for name in config_maps {
-        let object = optional(api.get(&format!("/api/v1/namespaces/{namespace}/configmaps/{name}")).await)?;
+        let object = optional(reads.get(&format!("/api/v1/namespaces/{namespace}/configmaps/{name}")).await)?;
         sources.config_maps.insert(name.to_owned(), object);
     }
     for name in secrets {
-        let object = optional(api.get(&format!("/api/v1/namespaces/{namespace}/secrets/{name}")).await)?;
+        let object = optional(reads.get(&format!("/api/v1/namespaces/{namespace}/secrets/{name}")).await)?;
         sources.secrets.insert(name.to_owned(), object);
     }
     Ok(sources)

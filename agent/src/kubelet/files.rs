@@ -158,14 +158,7 @@ pub fn durable_path(pods_dir: &Path, uid: &str) -> PathBuf {
 /// # Errors
 /// What the file system says.
 pub fn save_durable(pods_dir: &Path, pod: &Pod) -> io::Result<()> {
-    let path = durable_path(pods_dir, containers::uid(pod));
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let temporary = path.with_extension("json.tmp");
-    fs::write(&temporary, serde_json::to_vec(pod)?)?;
-    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
-    fs::rename(temporary, path)
+    crate::files::write(&durable_path(pods_dir, containers::uid(pod)), &serde_json::to_vec(pod)?, 0o600)
 }
 
 /// The durable copies of all pods; damaged ones are skipped.

@@ -17,6 +17,7 @@
 //! | [`probe`], [`hooks`], [`http_get`] | questions to containers and calls into them |
 //! | [`qos`], [`quantity`], [`backoff`], [`containers`] | rules that follow from the specification |
 //! | [`events`], [`api`], [`object_watch`] | talking to the API |
+//! | [`reads`] | what pods need of the API, with copies for times without a server |
 //! | [`server`] | the node's HTTP service: logs, exec, attach, port-forward, statistics |
 //! | [`context`] | what all workers share |
 //!
@@ -58,6 +59,7 @@ pub mod plan;
 pub mod probe;
 pub mod qos;
 pub mod quantity;
+pub mod reads;
 pub mod report;
 pub mod server;
 pub mod service_env;

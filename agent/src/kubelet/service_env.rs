@@ -2,25 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::api::{ApiClient, ApiResult};
+use super::reads::Reads;
 
 /// The part of a Service that its variables need.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServiceFacts {
     metadata: Meta,
     #[serde(default)]
     spec: Spec,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Meta {
     name: String,
     namespace: String,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Spec {
     #[serde(rename = "clusterIP")]
@@ -28,7 +29,7 @@ struct Spec {
     ports: Vec<Port>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Port {
     #[serde(default)]
     name: String,
@@ -47,11 +48,23 @@ struct List {
     items: Option<Vec<ServiceFacts>>,
 }
 
-/// The Services whose variables a pod of `namespace` gets.
+/// The Services whose variables a pod of `namespace` gets; those of last time while no server answers.
 ///
 /// # Errors
-/// When the API does not answer.
-pub async fn fetch(api: &ApiClient, namespace: &str, links: bool) -> ApiResult<Vec<ServiceFacts>> {
+/// When the API does not answer and there was no last time.
+pub async fn fetch(reads: &Reads, namespace: &str, links: bool) -> ApiResult<Vec<ServiceFacts>> {
+    let kept = format!("services/{namespace}/{links}");
+    match ask(&reads.api, namespace, links).await {
+        Ok(services) => {
+            reads.keep(&kept, &services).await;
+            Ok(services)
+        }
+        Err(error) if error.is_no_answer() => reads.recall(&kept).await.ok_or(error),
+        Err(error) => Err(error),
+    }
+}
+
+async fn ask(api: &ApiClient, namespace: &str, links: bool) -> ApiResult<Vec<ServiceFacts>> {
     let mut services = Vec::new();
     if links {
         let list: List = api.get(&format!("/api/v1/namespaces/{namespace}/services")).await?;

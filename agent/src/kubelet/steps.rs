@@ -21,7 +21,7 @@ use super::plan::Step;
 use super::stop::{self, StopRequest};
 use super::{hooks, qos, service_env};
 use crate::image::{Image, ImageError, PullPolicy};
-use crate::runtime::{LinuxContainerResources, RuntimeError};
+use crate::runtime::{ContainerState, LinuxContainerResources, RuntimeError};
 use crate::volume::{PodVolumes, subpath};
 
 /// What a worker lends to its steps and gets back.
@@ -323,8 +323,9 @@ impl Run {
             StartError::from(Failure::new("CreateContainerConfigError", message))
         };
         let links = containers::spec(pod).enable_service_links.unwrap_or(true);
-        let services = service_env::fetch(&self.context.api, containers::namespace(pod), links);
-        let sources = env::fetch(&self.context.api, pod, container);
+        let (shared, own) = (self.context.volumes.shared_reads(), self.context.volumes.reads(pod));
+        let services = service_env::fetch(&shared, containers::namespace(pod), links);
+        let sources = env::fetch(&own, pod, container);
         let (services, sources) = futures::future::join(services, sources).await;
         let mut sources = sources.map_err(|error| config_error(error.to_string()))?;
         sources.services = services.map_err(|error| config_error(error.to_string()))?;
@@ -366,8 +367,13 @@ impl Run {
             seccomp_dir: &self.context.config.agent_dir().join("seccomp"),
             node_memory: self.context.memory,
         };
-        let setup =
+        let mut setup =
             config::container(pod, container, &input).map_err(|error| failed("CreateContainerConfigError", error))?;
+        if let Some(target) = containers::target(pod, &container.name) {
+            let running = self.observed.of(target).find(|found| found.state == ContainerState::Running);
+            let missing = || failed("CreateContainerConfigError", format!("unable to find target container {target}"));
+            setup.config.linux.security_context.pid_target = Some(running.ok_or_else(missing)?.id.clone());
+        }
         let message_file = setup.termination_message.clone();
         let sub_paths = setup.sub_paths.clone();
         let name = container.name.clone();

@@ -94,3 +94,6 @@ fn strip_connection_headers(headers: &mut HeaderMap) {
         headers.remove(name);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,6 +48,13 @@ impl Embedded {
         Ok(id)
     }
 
+    /// The first process of a running container.
+    fn pid_of(&self, id: &str) -> RuntimeResult<i32> {
+        let state = self.inner.state.lock();
+        let pid = state.containers.get(id).and_then(|container| container.pid);
+        pid.ok_or_else(|| RuntimeError::Invalid(format!("target container {id:?} is not running")))
+    }
+
     /// Root filesystem, user, specification: everything that can be wrong without running anything.
     fn prepare(&self, id: &str, sandbox: &SandboxRecord, config: ContainerConfig) -> RuntimeResult<ContainerRecord> {
         let image: Image =
@@ -73,6 +80,7 @@ impl Embedded {
             rootfs: rootfs.clone(),
             hostname: &self.hostname_of(sandbox),
             namespaces: self.sandbox_dir(&sandbox.id).join("ns"),
+            pid_target: context.pid_target.as_deref().map(|target| self.pid_of(target)).transpose()?,
             shm: (sandbox.config.linux.namespace_options.ipc != NamespaceMode::Node)
                 .then(|| self.sandbox_dir(&sandbox.id).join("shm")),
             cgroup: self.cgroup_of(sandbox, id),

@@ -264,6 +264,8 @@ pub struct LinuxContainerSecurityContext {
     pub capabilities: Capabilities,
     pub privileged: bool,
     pub namespace_options: NamespaceOptions,
+    /// Id of a running container whose process ids this one shares, whatever `namespace_options.pid` says.
+    pub pid_target: Option<String>,
     /// Wins over `run_as_username`; both unset: the image's user.
     pub run_as_user: Option<i64>,
     pub run_as_group: Option<i64>,

@@ -22,6 +22,8 @@ pub struct SpecInput<'a> {
     pub hostname: &'a str,
     /// Where the pod's namespaces are pinned.
     pub namespaces: PathBuf,
+    /// A process whose process ids the container shares.
+    pub pid_target: Option<i32>,
     /// Pod's `/dev/shm`; `None`: the node's.
     pub shm: Option<PathBuf>,
     /// The container's cgroup, relative.
@@ -174,10 +176,11 @@ fn namespaces(input: &SpecInput<'_>) -> Value {
     let options = input.config.linux.security_context.namespace_options;
     let pinned = |kind: &str, file: &str| json!({"type": kind, "path": input.namespaces.join(file)});
     let mut list = vec![json!({"type": "mount"})];
-    match options.pid {
-        NamespaceMode::Container => list.push(json!({"type": "pid"})),
-        NamespaceMode::Pod => list.push(pinned("pid", "pid")),
-        NamespaceMode::Node => {}
+    match (input.pid_target, options.pid) {
+        (Some(pid), _) => list.push(json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")})),
+        (None, NamespaceMode::Container) => list.push(json!({"type": "pid"})),
+        (None, NamespaceMode::Pod) => list.push(pinned("pid", "pid")),
+        (None, NamespaceMode::Node) => {}
     }
     if options.network != NamespaceMode::Node {
         list.push(pinned("network", "net"));

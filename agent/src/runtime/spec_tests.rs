@@ -28,6 +28,7 @@ fn made(config: &ContainerConfig, seccomp: Option<&Value>) -> Value {
         rootfs: "/run/pod/c/rootfs".into(),
         hostname: "web-1",
         namespaces: "/run/pod/ns".into(),
+        pid_target: config.linux.security_context.pid_target.as_ref().map(|_| 4242),
         shm: Some("/run/pod/shm".into()),
         cgroup: "coracle-1/kubepods/pod1/c".into(),
         cgroup_v2: false,
@@ -41,6 +42,16 @@ fn made(config: &ContainerConfig, seccomp: Option<&Value>) -> Value {
 #[test]
 fn an_ordinary_container() {
     golden("ordinary.json", &made(&ContainerConfig::default(), None));
+}
+
+#[test]
+fn a_debugger_shares_the_process_ids_of_its_target() {
+    let mut config = ContainerConfig::default();
+    config.linux.security_context.pid_target = Some("target".into());
+    let made = made(&config, None);
+    let namespaces = made["linux"]["namespaces"].as_array().unwrap();
+    let pid: Vec<_> = namespaces.iter().filter(|namespace| namespace["type"] == "pid").collect();
+    assert_eq!(pid, [&serde_json::json!({"type": "pid", "path": "/proc/4242/ns/pid"})]);
 }
 
 #[test]

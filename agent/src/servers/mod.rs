@@ -25,6 +25,8 @@ pub mod learn;
 pub mod list;
 pub mod pool;
 pub mod resolve;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use dial::{DialError, Dialer};
 pub use identity::NodeIdentity;

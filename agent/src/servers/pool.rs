@@ -306,3 +306,92 @@ fn attempt(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::servers::resolve::Resolver;
+    use crate::servers::testing::{Authority, Server};
+    use crate::servers::{Dialer, NodeIdentity, ServerList};
+    use std::sync::atomic::Ordering;
+
+    struct Scene {
+        pool: Pool,
+        client: kube::Client,
+        _dir: tempfile::TempDir,
+        _stop: tokio_util::sync::DropGuard,
+    }
+
+    fn scene(authority: &Authority, servers: &[&Server]) -> Scene {
+        let dir = tempfile::tempdir().unwrap();
+        let list = ServerList::open(dir.path(), None);
+        list.learn(servers.iter().map(|server| server.address.clone()).collect());
+        let resolver = Resolver::new("/nonexistent".into());
+        let dialer = Dialer::new(&[authority.ca.clone()], NodeIdentity::default(), resolver).unwrap();
+        let pool = Pool::new(Servers { list, dialer, own: None });
+        let stop = CancellationToken::new();
+        tokio::spawn(pool.clone().run(stop.clone()));
+        Scene { client: pool.client(), pool, _dir: dir, _stop: stop.drop_guard() }
+    }
+
+    async fn get(client: &kube::Client, patient: bool) -> Result<String, kube::Error> {
+        let mut request = Request::get("/x").body(Body::empty()).unwrap();
+        if patient {
+            request.extensions_mut().insert(Patient);
+        }
+        let body = client.send(request).await?.into_body().collect().await.unwrap().to_bytes();
+        Ok(String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_dead_servers_place_is_taken_by_another_without_an_error() {
+        let authority = Authority::new();
+        let (a, b) = (authority.server().await, authority.server().await);
+        let scene = scene(&authority, &[&a, &b]);
+        let first = get(&scene.client, false).await.unwrap();
+        assert_eq!(get(&scene.client, false).await.unwrap(), first, "it keeps to its server");
+        let (used, other) = if first == a.address { (&a, &b) } else { (&b, &a) };
+        used.kill();
+        assert_eq!(get(&scene.client, false).await.unwrap(), other.address);
+        assert_eq!(scene.pool.server().as_deref(), Some(other.address.as_str()));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_ready_is_left_when_another_is() {
+        let authority = Authority::new();
+        let (a, b) = (authority.server().await, authority.server().await);
+        b.ready.store(false, Ordering::SeqCst);
+        let scene = scene(&authority, &[&a, &b]);
+        assert_eq!(get(&scene.client, false).await.unwrap(), a.address);
+        a.ready.store(false, Ordering::SeqCst);
+        b.ready.store(true, Ordering::SeqCst);
+        scene.pool.inner.doubt.notify_one();
+        let mut state = scene.pool.inner.state.subscribe();
+        let moved = |state: &State| matches!(state, State::Connected(channel) if channel.address == b.address);
+        state.wait_for(moved).await.unwrap();
+        assert_eq!(get(&scene.client, false).await.unwrap(), b.address);
+    }
+
+    #[tokio::test]
+    async fn without_servers_requests_fail_at_once_and_patient_ones_wait() {
+        let authority = Authority::new();
+        let (gone, back) = (authority.server().await, authority.server().await);
+        gone.kill();
+        let scene = scene(&authority, &[&gone]);
+        let text = explain(&get(&scene.client, false).await.unwrap_err());
+        assert!(text.contains("no server of the cluster answers"), "{text}");
+        let client = scene.client.clone();
+        let waiting = tokio::spawn(async move { get(&client, true).await });
+        scene.pool.inner.servers.list.learn(vec![back.address.clone()]);
+        assert_eq!(waiting.await.unwrap().unwrap(), back.address);
+    }
+
+    #[tokio::test]
+    async fn a_server_of_another_ca_is_never_spoken_to() {
+        let (ours, theirs) = (Authority::new(), Authority::new());
+        let stranger = theirs.server().await;
+        let scene = scene(&ours, &[&stranger]);
+        assert!(get(&scene.client, false).await.is_err());
+        assert_eq!(stranger.requests.load(Ordering::SeqCst), 0);
+    }
+}

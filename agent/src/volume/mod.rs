@@ -73,6 +73,11 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// Nobody who can decide has answered.
+    pub(crate) fn is_no_answer(&self) -> bool {
+        matches!(self, Self::Api(error) if error.is_no_answer())
+    }
+
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { what, path, source }

@@ -6,8 +6,8 @@ use k8s_openapi::api::core::v1::{HostPathVolumeSource, PersistentVolume, Persist
 
 use super::VolumeError;
 use super::host_path;
-use crate::kubelet::api::ApiClient;
 use crate::kubelet::containers;
+use crate::kubelet::reads::Reads;
 
 /// Where a claim's data lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,10 +22,10 @@ pub struct Found {
 ///
 /// # Errors
 /// When it is not bound, belongs to another pod, or its volume is of a kind the node cannot mount.
-pub async fn resolve(api: &ApiClient, pod: &Pod, claim: &str, read_only: bool) -> Result<Found, VolumeError> {
+pub async fn resolve(reads: &Reads, pod: &Pod, claim: &str, read_only: bool) -> Result<Found, VolumeError> {
     let namespace = containers::namespace(pod);
     let path = format!("/api/v1/namespaces/{namespace}/persistentvolumeclaims/{claim}");
-    let object: PersistentVolumeClaim = match api.get(&path).await {
+    let object: PersistentVolumeClaim = match reads.get(&path).await {
         Ok(object) => object,
         Err(error) if error.is_not_found() => {
             return Err(VolumeError::NotFound { kind: "persistentvolumeclaim", name: claim.to_owned() });
@@ -38,7 +38,7 @@ pub async fn resolve(api: &ApiClient, pod: &Pod, claim: &str, read_only: bool) -
     let bound = object.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound");
     let name = object.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|_| bound);
     let Some(name) = name else { return Err(VolumeError::Invalid("PVC is not bound".to_owned())) };
-    let volume: PersistentVolume = api.get(&format!("/api/v1/persistentvolumes/{name}")).await?;
+    let volume: PersistentVolume = reads.get(&format!("/api/v1/persistentvolumes/{name}")).await?;
     let spec = volume.spec.unwrap_or_default();
     let claim_uid = spec.claim_ref.as_ref().and_then(|reference| reference.uid.clone());
     if claim_uid.is_some() && claim_uid != object.metadata.uid {

@@ -15,6 +15,7 @@ use super::token::Tokens;
 use super::{VolumeError, atomic_writer, empty_dir, host_path, ownership, persistent};
 use crate::kubelet::api::{ApiClient, ApiError};
 use crate::kubelet::field_ref::NodeFacts;
+use crate::kubelet::reads::Reads;
 use crate::kubelet::{containers, qos};
 
 /// What volumes need from the node.
@@ -28,6 +29,18 @@ pub struct VolumeHost {
     pub memory_dir: PathBuf,
     /// Facts for downward API files.
     pub node: Arc<RwLock<NodeFacts>>,
+}
+
+impl VolumeHost {
+    /// The API as a pod reads it.
+    pub fn reads(&self, pod: &Pod) -> Reads {
+        Reads::new(self.api.clone(), self.pods_dir.join(containers::uid(pod)).join("objects"))
+    }
+
+    /// The API for what the pods of a namespace share.
+    pub fn shared_reads(&self) -> Reads {
+        Reads::new(self.api.clone(), self.pods_dir.with_file_name("objects"))
+    }
 }
 
 /// A volume that is ready to be mounted.
@@ -130,12 +143,12 @@ impl PodVolumes {
         }
         if let Some(claim) = &volume.persistent_volume_claim {
             let read_only = claim.read_only == Some(true);
-            let found = persistent::resolve(&host.api, pod, &claim.claim_name, read_only).await?;
+            let found = persistent::resolve(&host.reads(pod), pod, &claim.claim_name, read_only).await?;
             return Ok(Mounted { path: found.path, read_only: found.read_only });
         }
         if volume.ephemeral.is_some() {
             let claim = format!("{}-{}", containers::name(pod), volume.name);
-            let found = persistent::resolve(&host.api, pod, &claim, false).await?;
+            let found = persistent::resolve(&host.reads(pod), pod, &claim, false).await?;
             return Ok(Mounted { path: found.path, read_only: found.read_only });
         }
         Err(VolumeError::Unsupported(format!("the kind of volume {:?}", volume.name)))
@@ -174,17 +187,18 @@ impl PodVolumes {
     async fn fetch(&mut self, host: &VolumeHost, pod: &Pod, volume: &Volume) -> Result<Objects, VolumeError> {
         let namespace = containers::namespace(pod);
         let wanted = payload::references(volume);
+        let reads = host.reads(pod);
         let mut objects = Objects::default();
         for name in wanted.config_maps {
-            let object = optional(host.api.get(&format!("/api/v1/namespaces/{namespace}/configmaps/{name}")).await)?;
+            let object = optional(reads.get(&format!("/api/v1/namespaces/{namespace}/configmaps/{name}")).await)?;
             objects.config_maps.insert(name, object);
         }
         for name in wanted.secrets {
-            let object = optional(host.api.get(&format!("/api/v1/namespaces/{namespace}/secrets/{name}")).await)?;
+            let object = optional(reads.get(&format!("/api/v1/namespaces/{namespace}/secrets/{name}")).await)?;
             objects.secrets.insert(name, object);
         }
         for wish in wanted.tokens {
-            let token = self.tokens.get(&host.api, pod, &wish).await?;
+            let token = self.tokens.get(&reads, pod, &wish).await?;
             objects.tokens.insert(wish, token);
         }
         Ok(objects)

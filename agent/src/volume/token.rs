@@ -1,4 +1,4 @@
-//! Service account tokens: requested for the pod, kept in memory, renewed long before they expire.
+//! Service account tokens: requested for the pod, renewed long before they expire, kept for times without a server.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -10,9 +10,18 @@ use super::VolumeError;
 use super::payload::TokenWish;
 use crate::kubelet::api::ApiClient;
 use crate::kubelet::containers;
+use crate::kubelet::reads::Reads;
 
 /// No token is used longer than this before it is renewed.
 const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+
+/// When a renewal that failed is tried again.
+const RETRY: Duration = Duration::from_secs(30);
+
+/// Where a token is kept for times without a server.
+fn file(wish: &TokenWish) -> String {
+    format!("token/{}/{}", wish.audience, wish.expiration_seconds)
+}
 
 #[derive(Debug, Clone)]
 struct Issued {
@@ -30,23 +39,30 @@ impl Tokens {
     /// A token that is good for a while.
     ///
     /// # Errors
-    /// When the API refuses and there is no token yet; a failed renewal keeps the old one.
-    pub async fn get(&mut self, api: &ApiClient, pod: &Pod, wish: &TokenWish) -> Result<String, VolumeError> {
+    /// When the API refuses and there is no token yet; a failed renewal keeps the old one, which a restarted agent finds
+    /// among the pod's copies.
+    pub async fn get(&mut self, reads: &Reads, pod: &Pod, wish: &TokenWish) -> Result<String, VolumeError> {
         let now = SystemTime::now();
         if let Some(issued) = self.issued.get(wish).filter(|issued| issued.renew_at > now) {
             return Ok(issued.token.clone());
         }
-        match request(api, pod, wish).await {
+        match request(&reads.api, pod, wish).await {
             Ok(issued) => {
                 let token = issued.token.clone();
+                reads.keep(&file(wish), &token).await;
                 self.issued.insert(wish.clone(), issued);
                 Ok(token)
             }
             Err(error) => {
-                let Some(issued) = self.issued.get_mut(wish) else { return Err(error) };
+                let known = self.issued.get(wish).map(|issued| issued.token.clone());
+                let known = match known {
+                    None if error.is_no_answer() => reads.recall(&file(wish)).await,
+                    known => known,
+                };
+                let Some(token) = known else { return Err(error) };
                 tracing::warn!(%error, pod = containers::describe(pod), "token not renewed");
-                issued.renew_at = now + Duration::from_secs(30);
-                Ok(issued.token.clone())
+                self.issued.insert(wish.clone(), Issued { token: token.clone(), renew_at: now + RETRY });
+                Ok(token)
             }
         }
     }
