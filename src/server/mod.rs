@@ -375,7 +375,8 @@ impl Running {
         tasks.push(("snapshots", tokio::spawn(scheduled)));
         let superseded = CancellationToken::new();
         let (api, readiness) = (self.api.clone(), self.readiness.clone());
-        let follow = raise::follow_membership(cluster, api, settings.data_dir.clone(), readiness, superseded.clone(), shutdown);
+        let follow =
+            raise::follow_membership(cluster, api, settings.data_dir.clone(), readiness, superseded.clone(), shutdown);
         let again = again.clone();
         tasks.push((
             "membership",

@@ -2,6 +2,7 @@
 //! lengths, then text.
 
 /// Words, each preceded by its length as four bytes.
+#[rustfmt::skip]
 const WORDS: [&str; 65] = [
     "options",
     "head",
