@@ -57,7 +57,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         tracing::info!("stopping; pods go on");
         stop.cancel();
     });
-    let outcome = run_until(settings, shutdown.clone()).await;
+    let outcome = Box::pin(run_until(settings, shutdown.clone())).await;
     shutdown.cancel();
     signals.abort();
     outcome

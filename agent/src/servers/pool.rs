@@ -327,7 +327,7 @@ mod tests {
         let list = ServerList::open(dir.path(), None);
         list.learn(servers.iter().map(|server| server.address.clone()).collect());
         let resolver = Resolver::new("/nonexistent".into());
-        let dialer = Dialer::new(&[authority.ca.clone()], NodeIdentity::default(), resolver).unwrap();
+        let dialer = Dialer::new(std::slice::from_ref(&authority.ca), NodeIdentity::default(), resolver).unwrap();
         let pool = Pool::new(Servers { list, dialer, own: None });
         let stop = CancellationToken::new();
         tokio::spawn(pool.clone().run(stop.clone()));
