@@ -48,6 +48,8 @@ fn request(path: &str, upgrade: bool) -> Request<Empty<Bytes>> {
     if upgrade {
         request.headers_mut().insert(header::CONNECTION, "keep-alive, Upgrade".parse().unwrap());
         request.headers_mut().insert(header::UPGRADE, "SPDY/3.1".parse().unwrap());
+        // As kubectl's POST has it.
+        request.headers_mut().insert(header::CONTENT_LENGTH, "0".parse().unwrap());
     }
     request
 }

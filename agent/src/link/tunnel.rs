@@ -74,6 +74,8 @@ fn to_http2(request: Request<LinkBody>, protocol: Option<&str>) -> Result<Reques
     parts.version = Version::HTTP_2;
     if let Some(protocol) = protocol {
         parts.method = Method::CONNECT;
+        // A POST without a body says 0, which would make all that follows on the stream too much.
+        parts.headers.remove(header::CONTENT_LENGTH);
         parts.extensions.insert(Protocol::from(protocol));
     }
     Ok(Request::from_parts(parts, body))
