@@ -26,7 +26,7 @@ pub fn run(stories: &[Story], wanted: Option<&str>) -> i32 {
     }
     // Everything that the tests do with networks stays in here.
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     for (name, story) in stories.iter().filter(|(name, _)| wanted.is_none_or(|wanted| name.contains(wanted))) {
         let started = Instant::now();
         let outcome = std::panic::catch_unwind(|| {
@@ -35,10 +35,11 @@ pub fn run(stories: &[Story], wanted: Option<&str>) -> i32 {
                 .block_on(async { tokio::time::timeout(Duration::from_secs(120), story()).await.expect("too slow") });
         });
         let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        passed += i32::from(outcome.is_ok());
         failed += i32::from(outcome.is_err());
         println!("test {name} ... {word} ({} ms)", started.elapsed().as_millis());
     }
-    println!("{failed} failed");
+    println!("{passed} passed, {failed} failed");
     failed
 }
 
