@@ -94,6 +94,7 @@ impl Load {
         }
         let history = std::mem::take(&mut *self.shared.history.lock().unwrap());
         assert!(history.acknowledged() > 0, "nothing was written");
+        let mut lost = Vec::new();
         for server in cluster.servers().into_iter().filter(|s| cluster.hosts[*s].runs()) {
             let name = &cluster.hosts[server].name;
             let (status, list) = assert_eventually!(30, format!("{name} answers"), {
@@ -108,9 +109,12 @@ impl Load {
                 items.iter().filter_map(|m| Some((m["metadata"]["name"].as_str()?, revision(m)?))).collect();
             for (key, (revision, value)) in history.last_written() {
                 let there = found.get(key).copied().unwrap_or(0);
-                assert!(there >= revision, "{name} has lost value {value} of {key}: {there} instead of {revision}");
+                if there < revision {
+                    lost.push(format!("{name} has lost value {value} of {key}: {there} instead of {revision}"));
+                }
             }
         }
+        assert!(lost.is_empty(), "{}", lost.join("\n"));
         history.check().unwrap();
         println!("{} calls, {} writes acknowledged, none lost, linearizable", history.0.len(), history.acknowledged());
         history
