@@ -43,7 +43,7 @@ pub fn run(stories: &[Story], wanted: Option<&str>) -> i32 {
     failed
 }
 
-/// Builds the shim's programs once, as `build.rs` of the server does.
+/// Builds the shim's programs once, as `src/build.rs` of the server does.
 fn program(name: &str) -> &'static [u8] {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("shim-test");
     static BUILT: std::sync::Once = std::sync::Once::new();

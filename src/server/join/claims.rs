@@ -68,7 +68,9 @@ pub async fn claim(node: &coracle_raft::Node, name: &str, secret: &str) -> Resul
     let now = jiff::Timestamp::now();
     let key = Bytes::from(format!("{PREFIX}{name}"));
     let row = node.store().get(&key).map_err(Status::internal)?;
-    let stored: Option<Claim> = row.as_ref().and_then(|row| serde_json::from_slice(&row.value).ok());
+    // A record that cannot be read must not give the name away.
+    let stored: Option<Claim> =
+        row.as_ref().map(|row| serde_json::from_slice(&row.value)).transpose().map_err(Status::internal)?;
     let exists = objects.get::<Metadata>("", "nodes", "", name).map_err(Status::internal)?.is_some();
     let taken = || {
         let why = format!(
