@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
@@ -30,9 +31,11 @@ pub(crate) struct Log {
 }
 
 struct Shared {
+    /// Dropped first: its thread ends before the directory is free.
     wal: Wal,
     cache: Mutex<Cache>,
     growth: Arc<Growth>,
+    _lock: Option<Arc<File>>,
 }
 
 /// How much was appended since the last snapshot; says when the next one is due.
@@ -147,8 +150,9 @@ fn weight(entry: &Entry) -> usize {
 }
 
 impl Log {
-    pub fn new(wal: Wal, growth: Arc<Growth>) -> Self {
-        Log { shared: Arc::new(Shared { wal, cache: Mutex::default(), growth }) }
+    /// `lock` is held until nobody writes the log any more: the engine's tasks may outlive the node by a little.
+    pub fn new(wal: Wal, growth: Arc<Growth>, lock: Option<Arc<File>>) -> Self {
+        Log { shared: Arc::new(Shared { wal, cache: Mutex::default(), growth, _lock: lock }) }
     }
 
     pub fn wal(&self) -> &Wal {

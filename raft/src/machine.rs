@@ -12,7 +12,7 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use coracle_store::{Command, Pinned, Writer};
+use coracle_store::{Command, Pinned, StoreError, Writer};
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -24,7 +24,7 @@ use crate::entry::{Proposal, RaftLogId, SnapshotMeta, StoredMembership, TypeConf
 use crate::log::Growth;
 use crate::member::Identity;
 use crate::pending::Pending;
-use crate::snapshot::{self, Reader, SnapshotFile};
+use crate::snapshot::{self, Reader, SnapshotError, SnapshotFile};
 
 /// Commands in one batch, about: more means fewer writes to the engine, fewer means answers sooner.
 const BATCH: usize = 1024;
@@ -45,7 +45,7 @@ impl Snapshots {
         let snapshots = Snapshots { dir, current: Mutex::new(None), growth, distance };
         snapshots.growth.set_limit(distance);
         if let Some(current) = current {
-            snapshots.set(current);
+            snapshots.advance(current);
         }
         snapshots
     }
@@ -55,17 +55,21 @@ impl Snapshots {
         self.current.lock().as_ref().and_then(|file| file.applied.last).map(|id| id.index)
     }
 
-    fn set(&self, file: SnapshotFile) {
-        self.growth.set_limit(self.distance.max(file.live_bytes));
-        *self.current.lock() = Some(file);
-    }
-
-    /// Makes a new file the current one and removes the others.
-    fn replace(&self, file: SnapshotFile) {
-        if let Err(error) = snapshot::keep_only(&self.dir, &file.path) {
+    /// A file was completed: it becomes the current one and takes the place of older ones. A build that began before a
+    /// newer snapshot came from the leader may end after it; its file goes.
+    fn advance(&self, file: SnapshotFile) {
+        let mut current = self.current.lock();
+        let newest = match current.take() {
+            Some(newer) if newer.applied.last > file.applied.last => newer,
+            _ => {
+                self.growth.set_limit(self.distance.max(file.live_bytes));
+                file
+            }
+        };
+        if let Err(error) = snapshot::remove_before(&self.dir, &newest.path) {
             tracing::warn!(%error, "removing old snapshots failed");
         }
-        self.set(file);
+        *current = Some(newest);
     }
 }
 
@@ -273,13 +277,14 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let adopt = move || snapshot::adopt(&dir, &snapshot.path);
             tokio::task::spawn_blocking(adopt).await.map_err(io::Error::other)?.map_err(io::Error::other)?
         };
+        // It is durable, so it is the current one: whoever reads the state while it is replaced falls back on the file.
+        self.snapshots.advance(file.clone());
         let path = file.path.clone();
         self.thread.ask(|done| Job::Restore { path, done }).await??;
         self.pending.forget_all();
         self.applied = file.applied.clone();
         self.pending.advance(self.applied.last);
         tracing::info!(file = %file.path.display(), bytes = file.live_bytes, "the state was replaced by a snapshot");
-        self.snapshots.replace(file);
         Ok(())
     }
 
@@ -311,9 +316,18 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         let pinned = self.pinned.take().ok_or_else(|| io::Error::other("the snapshot was built already"))??;
         let dir = self.snapshots.dir.clone();
         let write = move || snapshot::write(&dir, &pinned);
-        let file = tokio::task::spawn_blocking(write).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
-        tracing::info!(file = %file.path.display(), bytes = file.live_bytes, "snapshot written");
-        self.snapshots.replace(file.clone());
+        let file = match tokio::task::spawn_blocking(write).await.map_err(io::Error::other)? {
+            Ok(file) => {
+                tracing::info!(file = %file.path.display(), bytes = file.live_bytes, "snapshot written");
+                self.snapshots.advance(file.clone());
+                file
+            }
+            // One of the leader's, which holds more, takes the state's place.
+            Err(error @ SnapshotError::Store(StoreError::Restoring)) => {
+                self.snapshots.current.lock().clone().ok_or_else(|| io::Error::other(error))?
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        };
         self.snapshots.growth.forget(self.grown);
         Ok(to_raft(file))
     }
@@ -326,6 +340,47 @@ mod tests {
     use coracle_store::{Options, Store};
 
     use super::*;
+
+    #[test]
+    fn a_build_that_ends_late_leaves_the_newer_snapshot_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let taken = |index| {
+            let (_store, mut writer) = Store::open(Options::memory()).unwrap();
+            let last = Some(crate::wal::LogId { term: 2, index });
+            writer.apply(Vec::new(), Applied { last, ..Applied::default() }.encode()).unwrap();
+            snapshot::write(dir.path(), &writer.pin()).unwrap()
+        };
+        let snapshots = Snapshots::new(dir.path().to_owned(), 1 << 20, None, Arc::default());
+        let (own, from_leader) = (taken(29), taken(196));
+        // The leader's has its name already, but is not the current one yet.
+        snapshots.advance(own.clone());
+        assert!(from_leader.path.exists());
+        snapshots.advance(from_leader.clone());
+        assert!(!own.path.exists());
+        // Or it is.
+        snapshots.advance(taken(29));
+        assert_eq!(snapshots.covered(), Some(196));
+        assert_eq!(snapshot::newest(dir.path()).unwrap().unwrap().path, from_leader.path);
+        assert!(!own.path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_build_whose_state_is_replaced_yields_what_replaced_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let position = |index| Applied { last: Some(crate::wal::LogId { term: 2, index }), ..Applied::default() };
+        let (_other, mut leaders) = Store::open(Options::memory()).unwrap();
+        leaders.apply(Vec::new(), position(196).encode()).unwrap();
+        let from_leader = snapshot::write(dir.path(), &leaders.pin()).unwrap();
+        let (_store, mut writer) = Store::open(Options::memory()).unwrap();
+        writer.apply(Vec::new(), position(29).encode()).unwrap();
+        let snapshots = Arc::new(Snapshots::new(dir.path().to_owned(), 1 << 20, None, Arc::default()));
+        let pinned = Some(Ok(writer.pin()));
+        snapshots.advance(from_leader.clone());
+        restore(&mut writer, &from_leader.path).unwrap();
+        let mut builder = SnapshotBuilder { pinned, grown: (0, 0), snapshots };
+        let built = builder.build_snapshot().await.unwrap();
+        assert_eq!(built.snapshot.path, from_leader.path);
+    }
 
     #[tokio::test]
     async fn what_can_not_be_applied_ends_the_thread_and_the_trust_in_its_state() {

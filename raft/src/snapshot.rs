@@ -14,6 +14,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
 use coracle_store::{KeyValue, Pinned, SnapshotMeta, StoreError};
@@ -135,9 +136,35 @@ where
     Ok(SnapshotFile { path: path.to_path_buf(), applied, live_bytes: bytes })
 }
 
-/// Where a snapshot that comes from a peer is written.
-pub(crate) fn incoming(dir: &Path, peer: u64) -> PathBuf {
-    dir.join(format!("{INCOMING}{peer:016x}.tmp"))
+/// A file for a snapshot that comes from a peer; goes when this is dropped, unless it got another name meanwhile.
+#[derive(Debug)]
+pub(crate) struct Arriving {
+    path: PathBuf,
+}
+
+impl Arriving {
+    /// Each transfer has a name of its own: the file of one may be on its way to become the current snapshot when the next
+    /// begins.
+    pub fn new(dir: &Path, peer: u64) -> Arriving {
+        static TRANSFERS: AtomicU64 = AtomicU64::new(0);
+        let transfer = TRANSFERS.fetch_add(1, Ordering::Relaxed);
+        Arriving { path: dir.join(format!("{INCOMING}{peer:016x}-{transfer}.tmp")) }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, file = %self.path.display(), "removing an unused snapshot failed");
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Whether this is one of the files that `dir` keeps.
@@ -172,17 +199,18 @@ pub(crate) fn newest(dir: &Path) -> Result<Option<SnapshotFile>, SnapshotError> 
     match names(dir, SUFFIX)?.pop() {
         Some(newest) => {
             let file = Reader::open(&newest)?.file;
-            keep_only(dir, &newest)?;
+            remove_before(dir, &newest)?;
             Ok(Some(file))
         }
         None => Ok(None),
     }
 }
 
-/// Removes every snapshot but this one.
-pub(crate) fn keep_only(dir: &Path, keep: &Path) -> Result<(), SnapshotError> {
+/// Removes every snapshot older than this one. A newer one stays: the log that it covers may be gone.
+pub(crate) fn remove_before(dir: &Path, keep: &Path) -> Result<(), SnapshotError> {
     for path in names(dir, SUFFIX)? {
-        if path != keep {
+        // The names sort by what they cover.
+        if path.as_path() < keep {
             fs::remove_file(&path).map_err(io_error("removing", &path))?;
         }
     }

@@ -63,7 +63,7 @@ pub(crate) struct Inner {
     tasks: Mutex<JoinSet<()>>,
     /// Set when the node is being stopped: connections end.
     closing: watch::Sender<bool>,
-    _lock: File,
+    _lock: Arc<File>,
 }
 
 impl std::fmt::Debug for Node {
@@ -337,9 +337,11 @@ impl Node {
         self.gone().await;
     }
 
-    /// Waits until nobody else holds this member, so that its data directory is free.
+    /// Waits until nobody holds this member any more, so that its data directory is free.
     pub(crate) async fn gone(self) {
-        while Arc::strong_count(&self.inner) > 1 {
+        let snapshots = self.inner.serving.snapshot_dir.clone();
+        drop(self);
+        while snapshots.parent().is_some_and(|dir| !matches!(crate::member::lock(dir), Ok(Some(_)))) {
             tokio::time::sleep(std::time::Duration::from_millis(2)).await;
         }
     }

@@ -82,7 +82,8 @@ impl Node {
         let pending = Arc::new(Pending::new(identity.id, applied.last));
         let growth = snapshots.growth.clone();
         let snapshots = Arc::new(snapshots);
-        let log = Log::new(wal, growth);
+        let lock = Arc::new(lock);
+        let log = Log::new(wal, growth, Some(lock.clone()));
         let broken = view.clone();
         let apply = ApplyThread::start(writer, pending.clone(), move || broken.distrust());
         let apply = Arc::new(apply.map_err(data_dir("starting a thread", &options.data_dir))?);
@@ -206,7 +207,7 @@ struct Parts {
     snapshots: Arc<Snapshots>,
     apply: Arc<ApplyThread>,
     view: view::View,
-    lock: File,
+    lock: Arc<File>,
 }
 
 fn data_dir(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StartError {

@@ -25,7 +25,7 @@ use crate::leadership::Contacts;
 use crate::members::{Change, Members};
 use crate::node::Engine;
 use crate::read::read_index;
-use crate::snapshot;
+use crate::snapshot::Arriving;
 
 /// A silent peer is asked for a sign of life this often, and given so long to send one.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -227,15 +227,22 @@ impl Serving {
     }
 
     async fn snapshot(&self, peer: u64, body: Incoming) -> Result<Body, Refusal> {
-        let path = snapshot::incoming(&self.snapshot_dir, peer);
-        let (vote, file) = transfer::receive(peer, body, &path).await.map_err(malformed)?;
+        let arriving = Arriving::new(&self.snapshot_dir, peer);
+        let (vote, file) = transfer::receive(peer, body, arriving.path()).await.map_err(malformed)?;
         // That the sender is of our incarnation was said with the request; its file may be of one before, which a reset keeps.
         if file.applied.last.is_none_or(|last| last.term > vote.leader_id.term) {
             return Err(refuse(StatusCode::BAD_REQUEST, "the snapshot is none of this cluster's"));
         }
         self.contacts.heard_from_leader(peer, vote.leader_id.term);
         let snapshot = crate::machine::to_raft(file);
-        let response = self.raft.install_full_snapshot(vote, snapshot).await.map_err(unavailable)?;
+        let raft = self.raft.clone();
+        // Once begun it goes on, and needs the file, also when the sender has lost patience.
+        let installing = tokio::spawn(async move {
+            let installed = raft.install_full_snapshot(vote, snapshot).await;
+            drop(arriving);
+            installed
+        });
+        let response = installing.await.map_err(unavailable)?.map_err(unavailable)?;
         let mut out = bytes::BytesMut::new();
         wire::put_vote(&mut out, &response.vote);
         Ok(full(out.freeze()))

@@ -39,7 +39,7 @@ impl StoreBuilder<TypeConfig, Log, StateMachine, TempDir> for Builder {
         let identity = Arc::new(Identity::new(dir.path().to_path_buf(), Member::load(dir.path()).unwrap()));
         let apply = Arc::new(ApplyThread::start(writer, pending.clone(), || ()).unwrap());
         let machine = StateMachine::new(apply, snapshots, pending, identity, Default::default());
-        Ok((dir, Log::new(wal, growth), machine))
+        Ok((dir, Log::new(wal, growth, None), machine))
     }
 }
 

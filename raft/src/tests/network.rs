@@ -54,6 +54,11 @@ impl Network {
     /// The member is gone: its connections break.
     pub fn vanish(&self, id: u64) {
         self.hosts.lock().retain(|_, host| host.id != id);
+        self.sever(id);
+    }
+
+    /// The connections of a member break, as those of one that was away for long; it may open new ones.
+    pub fn sever(&self, id: u64) {
         for pipe in self.pipes.lock().remove(&id).unwrap_or_default() {
             pipe.abort();
         }
