@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
-use std::fs::File;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::entry::{
     Entry, RaftLogId, RaftVote, TypeConfig, from_raft_id, from_raft_vote, from_wal, to_raft_id, to_raft_vote, to_wal,
 };
+use crate::member::Hold;
 use crate::wal::{Done, Wal};
 
 /// Entries kept in memory after they are written, in bytes.
@@ -35,7 +35,7 @@ struct Shared {
     wal: Wal,
     cache: Mutex<Cache>,
     growth: Arc<Growth>,
-    _lock: Option<Arc<File>>,
+    _hold: Option<Arc<Hold>>,
 }
 
 /// How much was appended since the last snapshot; says when the next one is due.
@@ -150,9 +150,9 @@ fn weight(entry: &Entry) -> usize {
 }
 
 impl Log {
-    /// `lock` is held until nobody writes the log any more: the engine's tasks may outlive the node by a little.
-    pub fn new(wal: Wal, growth: Arc<Growth>, lock: Option<Arc<File>>) -> Self {
-        Log { shared: Arc::new(Shared { wal, cache: Mutex::default(), growth, _lock: lock }) }
+    /// `hold` is kept until nobody writes the log any more: the engine's tasks may outlive the node by a little.
+    pub fn new(wal: Wal, growth: Arc<Growth>, hold: Option<Arc<Hold>>) -> Self {
+        Log { shared: Arc::new(Shared { wal, cache: Mutex::default(), growth, _hold: hold }) }
     }
 
     pub fn wal(&self) -> &Wal {

@@ -8,9 +8,11 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use crate::files;
 
@@ -123,6 +125,22 @@ pub(crate) fn lock(dir: &Path) -> io::Result<Option<File>> {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(e)) => Err(e),
+    }
+}
+
+/// The lock of a directory, shared by all that write there.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    _file: File,
+    // Dropped behind the file.
+    _released: watch::Sender<()>,
+}
+
+impl Hold {
+    /// The receiver sees its sender go once the lock is free again.
+    pub fn new(lock: File) -> (Arc<Hold>, watch::Receiver<()>) {
+        let (sender, released) = watch::channel(());
+        (Arc::new(Hold { _file: lock, _released: sender }), released)
     }
 }
 

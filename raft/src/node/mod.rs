@@ -8,10 +8,10 @@
 mod options;
 pub(crate) mod start;
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use coracle_store::{Command, Response, Store, Txn, TxnResponse};
 #[cfg(test)]
@@ -24,6 +24,7 @@ pub use self::options::{Options, StartError};
 use crate::entry::TypeConfig;
 use crate::leadership::Leader;
 use crate::machine::{ApplyThread, StateMachine};
+use crate::member::Hold;
 use crate::members::{Change, MemberState, Members, MembershipError, transfer};
 use crate::membership::Peer;
 use crate::peers::server::{Serving, serve};
@@ -32,6 +33,9 @@ use crate::propose::{ProposeError, Proposer};
 use crate::read::Reads;
 use crate::snapshot::{self, SnapshotError};
 use crate::view::View;
+
+/// So long a stopped member waits for the log's thread.
+const RELEASE: Duration = Duration::from_secs(2);
 
 /// openraft over our log, state and network.
 pub(crate) type Engine = openraft::Raft<TypeConfig, StateMachine>;
@@ -63,7 +67,9 @@ pub(crate) struct Inner {
     tasks: Mutex<JoinSet<()>>,
     /// Set when the node is being stopped: connections end.
     closing: watch::Sender<bool>,
-    _lock: Arc<File>,
+    /// None once this member has stopped.
+    hold: Mutex<Option<Arc<Hold>>>,
+    released: watch::Receiver<()>,
 }
 
 impl std::fmt::Debug for Node {
@@ -320,6 +326,17 @@ impl Node {
             Ok(Err(error)) => tracing::warn!(error, "the state was not closed cleanly; the next start rebuilds it"),
             Err(error) => tracing::warn!(%error, "the state was not closed cleanly; the next start rebuilds it"),
         }
+        self.release().await;
+    }
+
+    /// Waits until the data directory is free: the engine's last tasks and the log's thread may end a moment later. On a
+    /// disk that doesn't answer they don't.
+    async fn release(&self) {
+        self.inner.hold.lock().take();
+        let mut released = self.inner.released.clone();
+        if tokio::time::timeout(RELEASE, released.changed()).await.is_err() {
+            tracing::warn!("the log is still being written; the data directory stays locked until the process ends");
+        }
     }
 }
 
@@ -334,16 +351,7 @@ impl Node {
         self.inner.peers.close().await;
         let apply = self.inner.apply.clone();
         let _ = tokio::task::spawn_blocking(move || apply.stop()).await;
-        self.gone().await;
-    }
-
-    /// Waits until nobody holds this member any more, so that its data directory is free.
-    pub(crate) async fn gone(self) {
-        let snapshots = self.inner.serving.snapshot_dir.clone();
-        drop(self);
-        while snapshots.parent().is_some_and(|dir| !matches!(crate::member::lock(dir), Ok(Some(_)))) {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
-        }
+        self.release().await;
     }
 }
 

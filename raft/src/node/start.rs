@@ -22,7 +22,7 @@ use crate::forward::Forwards;
 use crate::leadership::{Contacts, Follower, LEASE, Leader, Watches, elections};
 use crate::log::{Growth, Log};
 use crate::machine::{ApplyThread, Snapshots, StateMachine};
-use crate::member::{self, Identity, Member};
+use crate::member::{self, Hold, Identity, Member};
 use crate::members::{Change, Members};
 use crate::membership::Contact;
 use crate::offline;
@@ -82,8 +82,8 @@ impl Node {
         let pending = Arc::new(Pending::new(identity.id, applied.last));
         let growth = snapshots.growth.clone();
         let snapshots = Arc::new(snapshots);
-        let lock = Arc::new(lock);
-        let log = Log::new(wal, growth, Some(lock.clone()));
+        let (hold, released) = Hold::new(lock);
+        let log = Log::new(wal, growth, Some(hold.clone()));
         let broken = view.clone();
         let apply = ApplyThread::start(writer, pending.clone(), move || broken.distrust());
         let apply = Arc::new(apply.map_err(data_dir("starting a thread", &options.data_dir))?);
@@ -99,12 +99,12 @@ impl Node {
             let _ = raft.shutdown().await;
             return Err(error);
         }
-        let parts = Parts { raft, store, peers, pending, log, snapshots, apply, view, lock };
+        let parts = Parts { raft, store, peers, pending, log, snapshots, apply, view, hold, released };
         Ok(Node::assemble(parts, &options))
     }
 
     fn assemble(parts: Parts, options: &Options) -> Node {
-        let Parts { raft, store, peers, pending, log, snapshots, apply, view, lock } = parts;
+        let Parts { raft, store, peers, pending, log, snapshots, apply, view, hold, released } = parts;
         let alone = is_sole_voter(&raft);
         let sole = Arc::new(AtomicBool::new(alone));
         let (leads, leads_watch) = watch::channel(alone);
@@ -191,7 +191,8 @@ impl Node {
             view,
             tasks: Mutex::new(tasks),
             closing: watch::Sender::new(false),
-            _lock: lock,
+            hold: Mutex::new(Some(hold)),
+            released,
         };
         Node { inner: Arc::new(inner) }
     }
@@ -207,7 +208,8 @@ struct Parts {
     snapshots: Arc<Snapshots>,
     apply: Arc<ApplyThread>,
     view: view::View,
-    lock: Arc<File>,
+    hold: Arc<Hold>,
+    released: watch::Receiver<()>,
 }
 
 fn data_dir(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StartError {
@@ -354,7 +356,11 @@ async fn announce(raft: Engine, peers: Arc<Peers>, members: Arc<Members>) {
             continue;
         }
         match members.change(Change::Contact(own.clone())).await {
-            Ok(()) => tracing::info!(address = own.address, name = own.name, "the cluster knows this member's address"),
+            Ok(()) => {
+                tracing::info!(address = own.address, name = own.name, "the cluster knows this member's address");
+                // It gets here with the log.
+                let _ = tokio::time::timeout(ANNOUNCE_PAUSE, metrics.changed()).await;
+            }
             Err(error) => {
                 tracing::warn!(%error, "the others don't know this member's new address yet");
                 tokio::time::sleep(ANNOUNCE_PAUSE).await;

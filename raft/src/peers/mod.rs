@@ -297,9 +297,9 @@ impl Peers {
         addresses
     }
 
-    /// Exchanges a word with everyone who was silent for a while, so that it is known who is there, and asks where the
-    /// others are: members may have moved while this one was away. What is heard is believed of those who can't be
-    /// reached. Runs until it is dropped.
+    /// Exchanges a word with everyone who was silent for a while, so that it is known who is there. While somebody can't be
+    /// reached it asks all: members may have moved while this one was away, and what is heard is believed of those who
+    /// can't be reached. Runs until it is dropped.
     pub async fn keep_in_touch(self: Arc<Self>) {
         loop {
             tokio::time::sleep(IN_TOUCH.mul_f64(rand::random_range(0.8..1.2))).await;
@@ -307,8 +307,12 @@ impl Peers {
             if ids.is_empty() {
                 tokio::time::sleep(3 * IN_TOUCH).await;
             }
-            let silent = ids.iter().filter(|id| self.silence(**id).is_none_or(|silence| silence > IN_TOUCH));
-            let asked = silent.map(|id| tokio::time::timeout(IN_TOUCH, self.call(*id, "/peers", Bytes::new())));
+            let missed = ids.iter().any(|id| !self.is_reachable(*id));
+            let silent = |id: &&u64| self.silence(**id).is_none_or(|silence| silence > IN_TOUCH);
+            let asked = ids
+                .iter()
+                .filter(|id| missed || silent(id))
+                .map(|id| tokio::time::timeout(IN_TOUCH, self.call(*id, "/peers", Bytes::new())));
             for answer in futures::future::join_all(asked).await.into_iter().flatten().flatten() {
                 let told: HashMap<u64, String> = serde_json::from_slice(&answer).unwrap_or_default();
                 for (id, address) in told {

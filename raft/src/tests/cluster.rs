@@ -179,9 +179,8 @@ impl Cluster {
 
     pub async fn stop(&mut self, at: usize) {
         if let Some(node) = self.members[at].node.take() {
-            node.clone().shutdown().await;
+            node.shutdown().await;
             self.network.vanish(self.members[at].id);
-            node.gone().await;
         }
     }
 

@@ -79,10 +79,10 @@ fn the_log_goes_on_over_many_segments_and_purging_frees_them() {
     wal.allow_spares();
     let vote = Vote { term: 1, member: 5, committed: true };
     wait(|done| wal.save_vote(vote, done)).unwrap();
-    append(&wal, 1, 0..1500);
+    append(&wal, 1, 0..3000);
     assert!(segment::list(dir.path()).unwrap().len() > 3);
-    wait(|done| wal.purge(id(1, 1400), done)).unwrap();
-    append(&wal, 1, 1500..1510);
+    wait(|done| wal.purge(id(1, 2900), done)).unwrap();
+    append(&wal, 1, 3000..3010);
     assert!(segment::list(dir.path()).unwrap().len() < 4);
     // The spare may be on its way: a thread of its own fills it.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
@@ -92,9 +92,9 @@ fn the_log_goes_on_over_many_segments_and_purging_frees_them() {
     }
     drop(wal);
     let wal = open(dir.path());
-    assert_eq!((wal.bounds(), wal.purged(), wal.vote()), ((1401, 1510), Some(id(1, 1400)), Some(vote)));
-    assert!(wal.read(1400).unwrap().is_none());
-    assert_eq!(wal.read(1401).unwrap().unwrap().1, payload(1401));
+    assert_eq!((wal.bounds(), wal.purged(), wal.vote()), ((2901, 3010), Some(id(1, 2900)), Some(vote)));
+    assert!(wal.read(2900).unwrap().is_none());
+    assert_eq!(wal.read(2901).unwrap().unwrap().1, payload(2901));
 }
 
 #[test]
