@@ -105,6 +105,7 @@ impl Wal {
                 (Closed { segment: Arc::new(segment), last_entry: None }, segment::BODY)
             }
         };
+        let filled = active.segment.file.metadata().map_err(WalError::io("reading", &active.segment.path))?.len();
         let spares = Arc::new(SpareKeeper::new(dir.to_path_buf(), options.segment_size));
         let index = Arc::new(Mutex::new(index));
         let pulse = Arc::new(Pulse::default());
@@ -118,6 +119,7 @@ impl Wal {
             closed,
             active,
             tail,
+            filled,
             carried,
             buffer: Vec::new(),
         };

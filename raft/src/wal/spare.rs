@@ -53,12 +53,14 @@ impl SpareKeeper {
         let (dir, size, stopping) = (self.dir.clone(), self.size, self.stopping.clone());
         let thread = std::thread::Builder::new().name("coracle-wal-fill".to_owned()).spawn(move || {
             if let Err(error) = segment::fill_spare(&dir, size, &|| stopping.load(Ordering::Relaxed)) {
-                tracing::warn!(%error, "preparing a log segment failed; writes go on in a growing file");
+                tracing::warn!(%error, "preparing a log segment failed; the log goes on in a growing file");
             }
         });
         match thread {
             Ok(thread) => *filling = Some(thread),
-            Err(error) => tracing::warn!(%error, "no thread to prepare a log segment; writes go on in a growing file"),
+            Err(error) => {
+                tracing::warn!(%error, "no thread to prepare a log segment; the log goes on in a growing file")
+            }
         }
     }
 

@@ -181,7 +181,7 @@ fn a_missing_or_cut_segment_refuses_to_start() {
     drop(wal);
     let second = segment::path_of(dir.path(), 2);
     let bytes = std::fs::read(&second).unwrap();
-    std::fs::write(&second, &bytes[..bytes.len() / 2]).unwrap();
+    std::fs::write(&second, &bytes[..bytes.len() / 4]).unwrap();
     let error = Wal::open(dir.path(), WalOptions::new(SMALL)).err().unwrap();
     assert!(error.to_string().contains("the log goes on in the next segment"), "{error}");
     std::fs::remove_file(&second).unwrap();
@@ -268,4 +268,29 @@ fn a_hole_in_the_entries_is_refused() {
     assert!(wal.append(vec![entry(1, 4)], Box::new(|_| ())).is_err());
     assert!(wal.append(vec![entry(1, 3), entry(1, 5)], Box::new(|_| ())).is_err());
     append(&wal, 1, 3..4);
+}
+
+#[test]
+fn a_log_without_a_prepared_segment_grows_by_zeros_before_anything_is_written_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let lengths = Arc::new(Mutex::new(Vec::new()));
+    let seen = lengths.clone();
+    let sync = move |file: &std::fs::File| {
+        let length = file.metadata()?.len();
+        let mut last = [0; 8];
+        file.read_exact_at(&mut last, length - 8)?;
+        seen.lock().push((length, last));
+        file.sync_data()
+    };
+    let options = WalOptions { segment_size: 4 << 20, sync: Arc::new(sync) };
+    let wal = Wal::open(dir.path(), options.clone()).unwrap();
+    append(&wal, 1, 0..5000);
+    drop(wal);
+    let wal = Wal::open(dir.path(), options).unwrap();
+    append(&wal, 1, 5000..8000);
+    let lengths = std::mem::take(&mut *lengths.lock());
+    let grown: Vec<_> = lengths.windows(2).filter(|two| two[0].0 != two[1].0).collect();
+    assert!(grown.len() >= 4, "the story did not happen: {lengths:?}");
+    assert!(lengths.iter().all(|(_, last)| *last == [0; 8]), "a record reached the end of its file: {lengths:?}");
+    assert_holds(&wal, 0..8000);
 }

@@ -70,6 +70,8 @@ pub(crate) struct Request {
 const MAX_WRITE: usize = 4 << 20;
 /// A write buffer grown larger than this is given back.
 const KEPT_BUFFER: usize = 1 << 20;
+/// A segment that has to grow does so to a multiple of this many bytes.
+const FILL: u64 = 256 << 10;
 
 pub(crate) struct LogThread {
     pub pulse: Arc<Pulse>,
@@ -83,6 +85,8 @@ pub(crate) struct LogThread {
     /// The segment being written.
     pub active: Closed,
     pub tail: u32,
+    /// Length of the active segment: up to here its blocks are allocated, written and synced.
+    pub filled: u64,
     /// As of the last record written; repeated in the header of each new segment, so that old ones can go.
     pub carried: Carried,
     pub buffer: Vec<u8>,
@@ -197,21 +201,44 @@ impl LogThread {
     }
 
     /// Goes on to the next segment when this one is full. While no prepared segment waits it may grow to twice its size
-    /// first: nobody waits for zeros.
+    /// first, in small pieces of zeros: nobody waits for a whole segment of them.
     fn make_room(&mut self, size: usize) -> io::Result<()> {
-        let end = u64::from(self.tail) + (size + HEADER) as u64;
+        let end = self.end_with(size);
         let capacity = self.active.segment.capacity;
         if end > capacity / 2 {
             self.spares.want();
         }
         let spare_waits = segment::spare_exists(&self.dir);
         if end <= capacity || (!spare_waits && end <= (2 * capacity).max(self.segment_size)) {
+            return self.fill(end);
+        }
+        self.roll()?;
+        self.fill(self.end_with(size))
+    }
+
+    /// The end of so many bytes behind the tail, with a seal behind them.
+    fn end_with(&self, size: usize) -> u64 {
+        u64::from(self.tail) + (size + HEADER) as u64
+    }
+
+    /// Zeros up to `end` at least, durable, before a record goes there. A record that makes its file longer needs a change
+    /// of metadata to be found again, and ext4 has been seen to report a sync as done whose metadata it dropped because
+    /// the journal had failed meanwhile. A record over zeros that were synced before depends on its own blocks only.
+    fn fill(&mut self, end: u64) -> io::Result<()> {
+        if end <= self.filled {
             return Ok(());
         }
-        self.roll()
+        let end = end.next_multiple_of(FILL);
+        let zeros = vec![0; usize::try_from(end - self.filled).map_err(io::Error::other)?];
+        let file = &self.active.segment.file;
+        file.write_all_at(&zeros, self.filled)?;
+        (self.sync)(file)?;
+        self.filled = end;
+        Ok(())
     }
 
     fn roll(&mut self) -> io::Result<()> {
+        self.fill(self.end_with(0))?;
         self.buffer.clear();
         let seal = Record { kind: Kind::Seal, index: 0, term: 0, payload: Vec::new() };
         record::encode(&seal, self.active.segment.salt, self.tail, &mut self.buffer);
@@ -221,6 +248,7 @@ impl LogThread {
         let next = Closed { segment: Arc::new(next), last_entry: None };
         self.closed.push_back(std::mem::replace(&mut self.active, next));
         self.tail = BODY;
+        self.filled = self.active.segment.file.metadata()?.len();
         Ok(())
     }
 
