@@ -16,6 +16,8 @@ const NOTHING_MORE: libc::c_uint = 2;
 /// A mounted disk. Dropping it unmounts it.
 pub struct Disk {
     image: PathBuf,
+    /// How often its power came back.
+    lives: u32,
     pub at: PathBuf,
 }
 
@@ -25,7 +27,7 @@ impl Disk {
         File::create(image).unwrap().set_len(1 << 30).unwrap();
         run(Command::new("mkfs.ext4").args(["-q", "-F", "-E", "lazy_itable_init=1,nodiscard"]).arg(image));
         std::fs::create_dir_all(at).unwrap();
-        let disk = Disk { image: image.to_owned(), at: at.to_owned() };
+        let disk = Disk { image: image.to_owned(), lives: 0, at: at.to_owned() };
         disk.mount();
         disk
     }
@@ -35,7 +37,7 @@ impl Disk {
     }
 
     fn unmount(&self) {
-        run(Command::new("umount").arg(&self.at));
+        run(Command::new("umount").arg("--lazy").arg(&self.at));
     }
 
     /// From now on writes wait.
@@ -56,9 +58,15 @@ impl Disk {
         unsafe { ext4_shutdown(dir.as_raw_fd(), &raw mut flag) }.unwrap();
     }
 
-    /// The power came back after it failed; nobody may have files open there.
-    pub fn power_up(&self) {
+    /// The power came back after it failed. What the device holds goes on in a copy: the failed file system lives on where
+    /// somebody's mount namespace was made meanwhile.
+    pub fn power_up(&mut self) {
         self.unmount();
+        let copy = self.image.with_extension(format!("{}.img", self.lives));
+        run(Command::new("cp").arg("--sparse=always").arg(&self.image).arg(&copy));
+        std::fs::remove_file(&self.image).unwrap();
+        self.image = copy;
+        self.lives += 1;
         self.mount();
     }
 }

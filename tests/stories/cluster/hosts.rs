@@ -120,6 +120,23 @@ impl Host {
         child.wait().unwrap();
     }
 
+    /// No thread of its process runs any more, until it is killed. One that waits for its disk gets its answer, but does
+    /// nothing with it.
+    pub fn freeze(&self) {
+        let pid = self.child.as_ref().expect("it runs").id();
+        run(Command::new("kill").arg("-STOP").arg(pid.to_string()));
+        assert_eventually!(30, format!("{} stands still", self.name), {
+            let running: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/task"))
+                .unwrap()
+                .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok())
+                .filter(|stat| {
+                    !stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T") || rest.starts_with(" D"))
+                })
+                .collect();
+            if running.is_empty() { Ok(()) } else { Err(running.concat()) }
+        });
+    }
+
     /// SIGTERM; returns how long it took.
     pub fn stop(&mut self) -> Duration {
         let begin = Instant::now();
