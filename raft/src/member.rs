@@ -105,16 +105,16 @@ impl Identity {
         self.member.read().replaces.contains(&cluster)
     }
 
-    /// Joins a cluster, durably; a member that is in one already stays there.
-    pub fn adopt(&self, cluster: u64) -> io::Result<()> {
+    /// Joins a cluster, durably; a member that is in one already stays there. Whether it is in this one then.
+    pub fn adopt(&self, cluster: u64) -> io::Result<bool> {
         let mut member = self.member.write();
-        if member.cluster.is_some() {
-            return Ok(());
+        if let Some(own) = member.cluster {
+            return Ok(own == cluster);
         }
         let joined = Member { cluster: Some(cluster), ..member.clone() };
         joined.save(&self.dir)?;
         *member = joined;
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -154,8 +154,8 @@ mod tests {
         let id = member_id(&dir.path().join("db")).unwrap();
         assert_eq!(member_id(&dir.path().join("db")).unwrap(), id);
         let identity = Identity::new(dir.path().join("db"), Member::load(&dir.path().join("db")).unwrap());
-        identity.adopt(5).unwrap();
-        identity.adopt(6).unwrap();
+        assert!(identity.adopt(5).unwrap());
+        assert!(!identity.adopt(6).unwrap(), "another cluster came too late");
         let mut member = Member::load(&dir.path().join("db")).unwrap();
         assert_eq!((member.id, member.cluster), (id, Some(5)));
         member.reincarnate(Some(4));

@@ -21,7 +21,7 @@ use crate::membership::Contact;
 use crate::node::start::snapshot_dir;
 use crate::snapshot::{self, Reader, SnapshotError};
 use crate::view;
-use crate::wal::{LogId, Vote, Wal, WalError, WalOptions};
+use crate::wal::{self, LogId, Vote, Wal, WalError, WalOptions};
 
 const MARKER: &str = "unfinished";
 const RESTORED: &str = "restored.tmp";
@@ -129,6 +129,8 @@ pub fn restore(data_dir: &Path, snapshot_file: &Path) -> Result<Restored, Offlin
     let dir = snapshot_dir(data_dir);
     files::create_dir(&dir).map_err(io_error("creating", &dir))?;
     snapshot::adopt(&dir, &restored)?;
+    // A member of a cluster has a log, be it empty.
+    open_log(data_dir)?;
     member.save(data_dir).map_err(io_error("writing the identity in", data_dir))?;
     remove(&restored)?;
     end(data_dir, &unfinished)?;
@@ -147,8 +149,10 @@ pub fn reset(data_dir: &Path) -> Result<u64, OfflineError> {
     let _lock = lock(data_dir)?;
     let mut member = Member::load(data_dir).map_err(io_error("reading the identity in", data_dir))?;
     let snapshot = snapshot::newest(&snapshot_dir(data_dir))?;
-    let sync = std::sync::Arc::new(|file: &File| file.sync_data());
-    let wal = Wal::open(&data_dir.join("wal"), WalOptions { segment_size: 8 << 20, sync })?;
+    if member.cluster.is_some() {
+        wal::must_exist(&data_dir.join("wal"))?;
+    }
+    let wal = open_log(data_dir)?;
     let wrong = || io_error("reading or writing the log in", data_dir);
     let membership = last_membership(&wal).map_err(wrong())?;
     let stored = snapshot.as_ref().map(|file| file.applied.membership.membership().clone());
@@ -196,6 +200,11 @@ pub fn forget(data_dir: &Path) -> Result<(), OfflineError> {
     member.leave();
     member.save(data_dir).map_err(io_error("writing the identity in", data_dir))?;
     end(data_dir, &unfinished)
+}
+
+fn open_log(data_dir: &Path) -> Result<Wal, WalError> {
+    let sync = std::sync::Arc::new(|file: &File| file.sync_data());
+    Wal::open(&data_dir.join("wal"), WalOptions { segment_size: 8 << 20, sync })
 }
 
 /// What was left half done in a data directory, if anything.

@@ -35,7 +35,7 @@ use crate::read::{Reads, Rounds};
 use crate::snapshot;
 use crate::upkeep;
 use crate::view;
-use crate::wal::{SyncFile, Wal, WalOptions};
+use crate::wal::{self, SyncFile, Wal, WalOptions};
 
 /// Segments of the log on ordinary disks, and on those below [`SMALL_DISK`], in bytes.
 const SEGMENT: u64 = 64 << 20;
@@ -235,7 +235,12 @@ fn open(options: &Options, sync: SyncFile) -> Result<Opened, StartError> {
         Some(size) => size,
         None => segment_size(dir).map_err(data_dir("measuring the disk", dir))?,
     };
-    let wal = Wal::open(&dir.join("wal"), WalOptions { segment_size, sync })?;
+    let wal_dir = dir.join("wal");
+    if member.cluster.is_some() {
+        // It had one before it was in a cluster.
+        wal::must_exist(&wal_dir)?;
+    }
+    let wal = Wal::open(&wal_dir, WalOptions { segment_size, sync })?;
     let snapshot_dir = dir.join("snapshot");
     let snapshot = snapshot::newest(&snapshot_dir)?;
     let empty = wal.last().is_none() && snapshot.is_none();
@@ -279,7 +284,8 @@ fn config() -> Result<Config, openraft::ConfigError> {
         quorum_loss_probe_interval: Some(2 * lease + 500),
         // A leader that was killed may have sent entries that its own log lost: only a new term makes them distinct.
         enable_leader_restore: Some(false),
-        // A member whose log somebody removed is filled again: else its emptiness would stop the leader.
+        // A member without its log doesn't start ([`wal::must_exist`]). One whose directory somebody replaced by an older
+        // copy is filled again: else its emptiness would stop the leader.
         allow_log_reversion: Some(true),
         // Proposals come gathered: a deep queue would only cost memory.
         api_batch_capacity: 64,

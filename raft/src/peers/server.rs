@@ -137,7 +137,9 @@ impl Serving {
             (Some(theirs), None) => {
                 let peers = self.peers.clone();
                 let adopted = tokio::task::spawn_blocking(move || peers.identity.adopt(theirs)).await;
-                adopted.map_err(unavailable)?.map_err(unavailable)?;
+                if !adopted.map_err(unavailable)?.map_err(unavailable)? {
+                    return Err(refuse(StatusCode::CONFLICT, "this member belongs to another cluster"));
+                }
             }
             (None, _) => return Err(refuse(NOT_A_MEMBER, "you are in no cluster yet; wait to be added")),
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use coracle_store::{StoreError, WatchRequest};
 
 use super::cluster::{Cluster, eventually, put, small, value};
-use crate::{Node, OfflineError, Options, Standing, StartError, forget, reset, restore};
+use crate::{Node, OfflineError, Options, Standing, StartError, WalError, forget, member_id, reset, restore};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_is_restored_on_one_member_and_the_others_start_over() {
@@ -156,5 +156,36 @@ async fn what_was_cut_off_must_be_done_again() {
     forget(&data).unwrap();
     cluster.start(0).await;
     assert_eq!(value(cluster.node(0), "/a"), None);
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_without_its_log_does_not_start_and_takes_its_place_again_as_a_new_one() {
+    let mut cluster = Cluster::of(3).await;
+    cluster.put(0, "/a", "1").await;
+    let lost = cluster.follower().await;
+    cluster.stop(lost).await;
+    let data = cluster.members[lost].data().to_path_buf();
+    std::fs::remove_dir_all(data.join("wal")).unwrap();
+    let start = || Node::start(Options { data_dir: data.clone(), join: true, ..small() });
+    let error = start().await.unwrap_err();
+    assert!(matches!(error, StartError::Wal(WalError::Gone { .. })), "{error}");
+    assert!(matches!(reset(&data).unwrap_err(), OfflineError::NoData(_)));
+    // Nor an empty one.
+    std::fs::create_dir(data.join("wal")).unwrap();
+    let error = start().await.unwrap_err();
+    assert!(matches!(error, StartError::Wal(WalError::Gone { .. })), "{error}");
+    assert!(matches!(reset(&data).unwrap_err(), OfflineError::Wal(WalError::Gone { .. })));
+    // What the message advises.
+    let old = cluster.id(lost);
+    std::fs::remove_dir_all(&data).unwrap();
+    cluster.members[lost].id = member_id(&data).unwrap();
+    cluster.members[lost].join = true;
+    cluster.start(lost).await;
+    assert_ne!(cluster.id(lost), old);
+    let asker = cluster.leader().await;
+    cluster.node(asker).add_member(cluster.members[lost].peer()).await.unwrap();
+    cluster.voter(lost).await;
+    cluster.agree("/a", "1").await;
     cluster.end().await;
 }

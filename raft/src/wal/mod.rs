@@ -36,6 +36,7 @@ use self::index::Index;
 use self::record::{HEADER, Kind, Record};
 pub use self::record::{LogId, Vote};
 pub use self::recover::WalError;
+pub(crate) use self::recover::must_exist;
 use self::recover::{Closed, Recovered, recover};
 use self::segment::{Carried, Segment};
 use self::spare::SpareKeeper;

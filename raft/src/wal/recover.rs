@@ -38,12 +38,35 @@ pub enum WalError {
         /// What is wrong there.
         what: String,
     },
+    /// The log was removed. What this member acknowledged and voted for is forgotten with it, so an empty log in its place
+    /// could let the others elect a leader without the writes that it had acknowledged.
+    #[error(
+        "the log in {} is gone, though this member belongs to a cluster: acknowledged writes and votes may be gone with it, \
+         so it does not start. Re-seed it: with other servers, remove {} and start again, and it joins them as a new member; \
+         with none, restore the newest saved snapshot",
+        path.display(), path.parent().unwrap_or(path).display()
+    )]
+    Gone {
+        /// Where it was.
+        path: PathBuf,
+    },
 }
 
 impl WalError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WalError {
         let path = path.to_path_buf();
         move |source| WalError::Io { action, path, source }
+    }
+}
+
+/// Refuses when `dir` holds no log.
+pub(crate) fn must_exist(dir: &Path) -> Result<(), WalError> {
+    let gone = || WalError::Gone { path: dir.to_path_buf() };
+    match segment::list(dir) {
+        Ok(sequences) if sequences.is_empty() => Err(gone()),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(gone()),
+        Err(error) => Err(WalError::io("listing log segments in", dir)(error)),
     }
 }
 
