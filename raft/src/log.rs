@@ -184,6 +184,17 @@ impl Log {
         Ok(entries)
     }
 
+    fn missing(&self, index: u64) -> io::Error {
+        let (first, end) = self.shared.wal.bounds();
+        let cached = {
+            let cache = self.shared.cache.lock();
+            (cache.first, cache.end())
+        };
+        let purged = self.shared.wal.purged();
+        tracing::error!(index, first, end, ?cached, ?purged, "an entry that is to be applied is missing");
+        io::Error::other(format!("log entry {index} is to be applied, but the log holds {first} to {end}, without it"))
+    }
+
     fn clamp(&self, range: impl RangeBounds<u64>) -> (u64, u64) {
         let (first, end) = self.shared.wal.bounds();
         let start = match range.start_bound() {
@@ -235,18 +246,30 @@ impl RaftLogReader<TypeConfig> for Log {
     where
         RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
-        let (start, end) = self.clamp(range);
+        // What is applied is read here. What is known to be committed must be there: leaving it out would lose it for good.
+        let needed = self.shared.wal.committed().map_or(0, |committed| committed.index + 1);
+        let (first, last) = self.clamp(range.clone());
+        let (start, end) = match (range.start_bound(), range.end_bound()) {
+            (Bound::Included(start), Bound::Excluded(end)) if *start < needed => (*start, last.max(needed.min(*end))),
+            _ => (first, last),
+        };
         let state = (self.clone(), start, end, Vec::new().into_iter());
-        futures::stream::unfold(state, |(log, at, end, mut ready)| async move {
+        futures::stream::unfold(state, move |(log, at, end, mut ready)| async move {
             if let Some(entry) = ready.next() {
                 return Some((Ok(entry), (log, at, end, ready)));
+            }
+            if at >= end {
+                return None;
             }
             match log.chunk(at, end) {
                 Ok(chunk) => {
                     let next = at + chunk.len() as u64;
                     let mut ready = chunk.into_iter();
-                    let entry = ready.next()?;
-                    Some((Ok(entry), (log, next, end, ready)))
+                    match ready.next() {
+                        Some(entry) => Some((Ok(entry), (log, next, end, ready))),
+                        None if at < needed => Some((Err(log.missing(at)), (log, end, end, ready))),
+                        None => None,
+                    }
                 }
                 Err(error) => Some((Err(error), (log, end, end, Vec::new().into_iter()))),
             }

@@ -227,7 +227,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     {
         let mut ended = false;
         while !ended {
-            let (mut proposals, mut responders, mut commands) = (Vec::new(), Vec::new(), 0);
+            let (mut proposals, mut responders, mut commands, mut any) = (Vec::new(), Vec::new(), 0, false);
             let mut applied = Applied { cluster: self.identity.cluster(), ..self.applied.clone() };
             while commands < BATCH {
                 let Some(next) = entries.next().await else {
@@ -235,6 +235,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     break;
                 };
                 let (entry, responder) = next?;
+                any = true;
                 applied.last = Some(from_raft_id(entry.log_id));
                 match entry.payload {
                     EntryPayload::Blank => {}
@@ -248,7 +249,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 }
                 responders.extend(responder);
             }
-            if applied.last == self.applied.last {
+            if !any {
                 break;
             }
             let meta = applied.encode();

@@ -57,6 +57,30 @@ async fn all_members_stop_and_any_majority_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn five_members_go_on_without_two_and_wait_without_three() {
+    let mut cluster = Cluster::of(5).await;
+    cluster.put(4, "/a", "1").await;
+    let first = cluster.leader().await;
+    cluster.kill(first).await;
+    let second = cluster.leader().await;
+    cluster.kill(second).await;
+    let asker = cluster.follower().await;
+    cluster.put(asker, "/a", "2").await;
+    cluster.agree("/a", "2").await;
+    let third = cluster.leader().await;
+    cluster.kill(third).await;
+    let refused = tokio::time::timeout(Duration::from_secs(4), cluster.node(asker).txn(put("/b", "perhaps"))).await;
+    assert!(!matches!(refused, Ok(Ok(_))), "two of five are no majority");
+    assert!(cluster.node(asker).read_barrier().await.is_err());
+    cluster.start(second).await;
+    cluster.put(asker, "/a", "3").await;
+    cluster.start(first).await;
+    cluster.start(third).await;
+    cluster.agree("/a", "3").await;
+    cluster.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_write_through_a_follower_is_answered_there_and_done_once() {
     let cluster = Cluster::of(3).await;
     let at = cluster.follower().await;
