@@ -50,23 +50,30 @@ impl Cluster {
         self.members.iter().map(|member| resident(member.id())).collect()
     }
 
-    pub async fn run(&self, clients: usize, time: Duration) -> Result<load::Figures> {
+    pub async fn run(&self, kind: load::Kind, clients: usize, time: Duration) -> Result<load::Figures> {
         let port = self.leader().await?;
         let mut connections = Vec::new();
         for _ in 0..CONNECTIONS.min(clients) {
             connections.push(connect(port).await?);
         }
-        let puts = move |client: usize, n: usize| {
+        let calls = move |client: usize, n: usize| {
             let mut connection = connections[client % connections.len()].clone();
             async move {
                 let mut request = BytesMut::new();
                 field(&mut request, 1, format!("/bench/{client}/{n}").as_bytes());
-                field(&mut request, 2, &[b'x'; 1024]);
-                call(&mut connection, "/etcdserverpb.KV/Put", &request).await?;
+                let path = match kind {
+                    load::Kind::Put => {
+                        field(&mut request, 2, &[b'x'; 1024]);
+                        "/etcdserverpb.KV/Put"
+                    }
+                    // Without `serializable` a range is linearizable.
+                    load::Kind::Get => "/etcdserverpb.KV/Range",
+                };
+                call(&mut connection, path, &request).await?;
                 Ok(())
             }
         };
-        load::run(clients, time, puts).await
+        load::run(clients, time, calls).await
     }
 
     /// The client port of the member that leads.

@@ -1,11 +1,29 @@
-//! Clients that put one value after the other, and what they measured.
+//! Clients that make one call after the other, and what they measured.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::Result;
 
-/// Puts a second and how long one took.
+/// What the clients do.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    /// Writes 1 KiB.
+    Put,
+    /// Reads it back, linearizably.
+    Get,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Put => "put",
+            Kind::Get => "get",
+        }
+    }
+}
+
+/// Calls a second and how long one took.
 pub struct Figures {
     rate: f64,
     p50: f64,
@@ -18,8 +36,8 @@ impl fmt::Display for Figures {
     }
 }
 
-/// Runs so many clients for a time; `put` is called with client and number of the put.
-pub async fn run<F, Fut>(clients: usize, time: Duration, put: F) -> Result<Figures>
+/// Runs so many clients for a time; `call` is called with client and number of the call.
+pub async fn run<F, Fut>(clients: usize, time: Duration, call: F) -> Result<Figures>
 where
     F: Fn(usize, usize) -> Fut + Clone + Send + 'static,
     Fut: Future<Output = Result<()>> + Send,
@@ -27,7 +45,7 @@ where
     let begin = Instant::now();
     let tasks: Vec<_> = (0..clients)
         .map(|client| {
-            let put = put.clone();
+            let call = call.clone();
             tokio::spawn(async move {
                 let mut latencies = Vec::new();
                 for n in 0.. {
@@ -35,7 +53,7 @@ where
                     if before - begin > time {
                         break;
                     }
-                    put(client, n % 1000).await?;
+                    call(client, n % 1000).await?;
                     latencies.push(before.elapsed());
                 }
                 Result::Ok(latencies)

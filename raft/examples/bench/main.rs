@@ -1,4 +1,4 @@
-//! Committed puts of 1 KiB a second, on one member and on three (processes of this program on loopback), and beside them
+//! Committed puts of 1 KiB and linearizable gets a second, on one member and on three (processes of this program on loopback), and beside them
 //! etcd's on the same disk: `cargo run --release -p coracle-raft --example bench -- [directory] [seconds] [etcd binary]`.
 //! `… -- failover [directory] [rounds]` kills the leader of three and tells how long writes were refused.
 //!
@@ -13,6 +13,7 @@ mod member;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use load::Kind;
 use member::Process;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -39,11 +40,15 @@ fn main() -> Result<()> {
 }
 
 fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Option<&Path>) -> Result<()> {
-    println!("{:>9} {:>8} {:>7} {:>10} {:>10} {:>10}", "store", "members", "clients", "puts/s", "p50 ms", "p99 ms");
-    let row = |store: &str, members: usize, clients: usize, figures: &str| {
+    println!(
+        "{:>9} {:>8} {:>7} {:>4} {:>10} {:>10} {:>10}",
+        "store", "members", "clients", "what", "a second", "p50 ms", "p99 ms"
+    );
+    let row = |store: &str, members: usize, clients: usize, kind: Kind, figures: &str| {
         let columns: Vec<&str> = figures.split(' ').collect();
         println!(
-            "{store:>9} {members:>8} {clients:>7} {:>10} {:>10} {:>10}",
+            "{store:>9} {members:>8} {clients:>7} {:>4} {:>10} {:>10} {:>10}",
+            kind.name(),
             columns.first().unwrap_or(&""),
             columns.get(1).unwrap_or(&""),
             columns.get(2).unwrap_or(&"")
@@ -51,23 +56,27 @@ fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Optio
     };
     for members in [1, 3] {
         let mut cluster = start(&dir.join(format!("coracle-{members}")), members)?;
-        for clients in CLIENTS {
-            row("coracle", members, clients, &cluster[0].ask(&format!("run {clients} {seconds}"))?);
+        for (kind, clients) in calls() {
+            row("coracle", members, clients, kind, &cluster[0].ask(&format!("{} {clients} {seconds}", kind.name()))?);
         }
         let memory: Vec<String> = cluster.iter().map(|process| format!("{} MiB", process.resident() >> 20)).collect();
         println!("{:>9} {members:>8}         resident {}", "coracle", memory.join(", "));
         cluster.iter_mut().for_each(Process::kill);
         if let Some(binary) = etcd {
             let cluster = etcd::Cluster::start(binary, &dir.join(format!("etcd-{members}")), members)?;
-            for clients in CLIENTS {
-                let figures = runtime.block_on(cluster.run(clients, Duration::from_secs(seconds)))?;
-                row("etcd", members, clients, &figures.to_string());
+            for (kind, clients) in calls() {
+                let figures = runtime.block_on(cluster.run(kind, clients, Duration::from_secs(seconds)))?;
+                row("etcd", members, clients, kind, &figures.to_string());
             }
             let memory: Vec<String> = cluster.resident().iter().map(|bytes| format!("{} MiB", bytes >> 20)).collect();
             println!("{:>9} {members:>8}         resident {}", "etcd", memory.join(", "));
         }
     }
     Ok(())
+}
+
+fn calls() -> impl Iterator<Item = (Kind, usize)> {
+    [Kind::Put, Kind::Get].into_iter().flat_map(|kind| CLIENTS.map(|clients| (kind, clients)))
 }
 
 /// Members with a vote each; the first one leads.

@@ -185,13 +185,21 @@ async fn obey(node: &Node, line: &str) -> Result<String> {
             Ok(id.to_string())
         }
         ["barrier"] => Ok(node.read_barrier().await?.to_string()),
-        ["run", clients, seconds] => {
-            let node = node.clone();
-            let puts = move |client: usize, n: usize| {
+        [kind @ ("put" | "get"), clients, seconds] => {
+            let (node, puts) = (node.clone(), kind == "put");
+            let calls = move |client: usize, n: usize| {
                 let node = node.clone();
-                async move { put(&node, format!("/bench/{client}/{n}").into()).await }
+                let key = format!("/bench/{client}/{n}");
+                async move {
+                    if puts {
+                        return put(&node, key.into()).await;
+                    }
+                    node.read_barrier().await?;
+                    node.store().get(key.as_bytes())?;
+                    Ok(())
+                }
             };
-            let figures = load::run(clients.parse()?, Duration::from_secs(seconds.parse()?), puts).await?;
+            let figures = load::run(clients.parse()?, Duration::from_secs(seconds.parse()?), calls).await?;
             Ok(figures.to_string())
         }
         _ => Err(format!("unknown: {line}").into()),
