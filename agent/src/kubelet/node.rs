@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
-use super::quantity::ResourceList;
+use super::quantity::{ResourceList, milli};
 use crate::AgentConfig;
 use crate::image::Image;
 use crate::runtime::{RuntimeStatus, RuntimeVersion};
@@ -284,16 +284,26 @@ fn condition(input: &Input<'_>, kind: &str, status: &str, reason: &str, message:
     }
 }
 
-/// Whether two statuses say the same, apart from the time they were said.
-pub fn is_same(a: &NodeStatus, b: &NodeStatus) -> bool {
-    let strip = |status: &NodeStatus| {
-        let mut status = status.clone();
-        for condition in status.conditions.iter_mut().flatten() {
-            condition.last_heartbeat_time = None;
-        }
-        status
+/// Whether what the API holds already says everything that is wanted, apart from when it was said. Others may have
+/// added to it: extended resources, conditions, volumes.
+pub fn says(held: &NodeStatus, wanted: &NodeStatus) -> bool {
+    fn resources(held: Option<&ResourceList>, wanted: Option<&ResourceList>) -> bool {
+        wanted.into_iter().flatten().all(|(name, quantity)| {
+            held.and_then(|held| held.get(name)).is_some_and(|held| milli(&held.0) == milli(&quantity.0))
+        })
+    }
+    let condition = |wanted: &NodeCondition| {
+        let held = held.conditions.iter().flatten().find(|held| held.type_ == wanted.type_);
+        held.is_some_and(|held| {
+            *wanted == NodeCondition { last_heartbeat_time: wanted.last_heartbeat_time.clone(), ..held.clone() }
+        })
     };
-    strip(a) == strip(b)
+    resources(held.capacity.as_ref(), wanted.capacity.as_ref())
+        && resources(held.allocatable.as_ref(), wanted.allocatable.as_ref())
+        && wanted.conditions.iter().flatten().all(condition)
+        && held.addresses == wanted.addresses
+        && held.images.as_deref().unwrap_or_default() == wanted.images.as_deref().unwrap_or_default()
+        && held.node_info == wanted.node_info
 }
 
 #[cfg(test)]
@@ -327,6 +337,35 @@ mod tests {
         assert_eq!(conditions[3].message.as_deref(), Some("kubelet is posting ready status"));
         assert_eq!(conditions[3].last_transition_time, Some(input.now.clone()));
         assert_eq!(conditions[0].last_transition_time, first.conditions.as_ref().unwrap()[0].last_transition_time);
-        assert!(!is_same(&first, &second));
+        assert!(!says(&first, &second));
+    }
+
+    #[test]
+    fn a_status_that_others_added_to_still_says_it_and_one_they_overruled_does_not() {
+        let config = AgentConfig::new("/data".into(), "n1".into());
+        let machine = Machine { storage: 100_000, ..Machine::default() };
+        let input = Input {
+            config: &config,
+            machine: &machine,
+            ips: &[IpAddr::from([10, 0, 0, 1])],
+            runtime: Ok(RuntimeStatus { runtime_ready: true, network_ready: true, message: String::new() }),
+            pressure: Pressure::default(),
+            images: &[],
+            old: None,
+            now: api_time(SystemTime::UNIX_EPOCH),
+        };
+        let wanted = status(&input);
+        let mut held = wanted.clone();
+        let capacity = held.capacity.as_mut().unwrap();
+        capacity.insert("example.com/dongle".to_owned(), Quantity("1".to_owned()));
+        held.allocatable.as_mut().unwrap().insert("ephemeral-storage".to_owned(), Quantity("95k".to_owned()));
+        for condition in held.conditions.iter_mut().flatten() {
+            condition.last_heartbeat_time = Some(api_time(SystemTime::UNIX_EPOCH + Duration::from_secs(9)));
+        }
+        held.images = None;
+        assert!(says(&held, &wanted));
+        held.conditions.as_mut().unwrap()[3].status = "Unknown".to_owned();
+        assert!(!says(&held, &wanted), "the node life cycle controller overruled it");
+        assert!(!says(&NodeStatus::default(), &wanted));
     }
 }

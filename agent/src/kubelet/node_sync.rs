@@ -1,5 +1,5 @@
-//! Keeps the Node object and its lease current: registration, status when it changes or every five minutes, a lease
-//! every ten seconds.
+//! Keeps the Node object and its lease current: registration, a lease every ten seconds, status when the API does not
+//! hold what is so (it has changed, or others have written over it) or every five minutes.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -31,6 +31,7 @@ pub struct NodeSync {
     context: Arc<Context>,
     machine: Machine,
     uid: String,
+    /// As the API held it when last asked or told.
     status: NodeStatus,
     written_at: Option<SystemTime>,
     lease_at: Option<SystemTime>,
@@ -141,9 +142,13 @@ impl NodeSync {
             self.renew().await?;
             self.lease_at = Some(now);
         }
+        // The node life cycle controller sets conditions to Unknown while it hears nothing: only the API knows.
+        let held: Node = self.context.api.get(&self.path()).await?;
+        self.uid = held.metadata.uid.unwrap_or_default();
+        self.status = held.status.unwrap_or_default();
         let wanted = self.wanted().await.status.unwrap_or_default();
         let due = age(self.written_at).is_none_or(|age| age >= STATUS_PERIOD);
-        if due || !node::is_same(&wanted, &self.status) {
+        if due || !node::says(&self.status, &wanted) {
             self.write(wanted).await?;
             self.written_at = Some(now);
         }
