@@ -1,4 +1,8 @@
 //! ResourceQuotas: what a namespace uses of what its quotas limit.
+//!
+//! Admission charges a quota before the object is stored, so that for a moment a right charge looks too high: a count at that
+//! moment would take it back and let the next write through. So objects that come are counted only after a while (they are
+//! charged already); what goes is counted at once.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -17,7 +21,6 @@ use super::api::Api;
 use super::discovery::Discovery;
 use super::informer::{Informer, Informers, Subscription};
 use super::object::{Key, Object};
-use super::owner::enqueue_self;
 use super::quantity::{milli, units};
 use super::queue::Queue;
 use super::resource::{PERSISTENT_VOLUME_CLAIMS, PODS, RESOURCE_QUOTAS, Resource, SERVICES};
@@ -26,6 +29,8 @@ use crate::scheduler::pod_info::{Resources, limits, requests};
 
 /// Changes are gathered for so long.
 const GATHER: Duration = Duration::from_millis(20);
+/// By then a charged object is stored, or never will be, and its charge is taken back.
+const SETTLE: Duration = Duration::from_secs(5);
 /// All quotas are counted again this often, whatever was missed.
 const RESYNC: Duration = Duration::from_secs(300);
 const CLASS: &str = ".storageclass.storage.k8s.io/";
@@ -35,7 +40,7 @@ pub fn start(term: &Term, discovery: &Arc<Discovery>) {
     let queue = Arc::new(Queue::default());
     let (quotas, pods) = (term.informers.of(&RESOURCE_QUOTAS), term.informers.of(&PODS));
     let (services, claims) = (term.informers.of(&SERVICES), term.informers.of(&PERSISTENT_VOLUME_CLAIMS));
-    let mut subscriptions = vec![enqueue_self(&queue, &quotas)];
+    let mut subscriptions = vec![enqueue_changed(&queue, &quotas)];
     for informer in [&pods, &services, &claims] {
         subscriptions.push(enqueue_quotas(&queue, &quotas, informer));
     }
@@ -54,6 +59,23 @@ pub fn start(term: &Term, discovery: &Arc<Discovery>) {
     term.start(Controller { name: "resourcequota", queue, concurrency: 4, needs, subscriptions, reconcile });
 }
 
+/// Asks for a quota: at once when its limits are others than those it was counted for, later after a charge.
+fn enqueue_changed(queue: &Arc<Queue>, quotas: &Arc<Informer>) -> Subscription {
+    let queue = queue.clone();
+    quotas.subscribe(move |delta| {
+        let Some(new) = &delta.new else { return };
+        let counted = new.decode().is_ok_and(|quota: ResourceQuota| {
+            let hard = quota.spec.and_then(|spec| spec.hard).unwrap_or_default();
+            quota.status.and_then(|status| status.hard).is_some_and(|counted| counted == hard)
+        });
+        if counted {
+            queue.add_after(new.key.clone(), SETTLE);
+        } else {
+            queue.add(new.key.clone());
+        }
+    })
+}
+
 /// Asks for the quotas of a namespace when something in it comes, goes or changes what it uses.
 fn enqueue_quotas(queue: &Arc<Queue>, quotas: &Arc<Informer>, informer: &Arc<Informer>) -> Subscription {
     let (queue, quotas) = (queue.clone(), quotas.clone());
@@ -67,8 +89,9 @@ fn enqueue_quotas(queue: &Arc<Queue>, quotas: &Arc<Informer>, informer: &Arc<Inf
             return;
         }
         let Some(latest) = delta.latest() else { return };
+        let delay = if delta.old.is_none() { SETTLE } else { GATHER };
         for quota in quotas.read().namespace(latest.key.namespace()) {
-            queue.add_after(quota.key.clone(), GATHER);
+            queue.add_after(quota.key.clone(), delay);
         }
     })
 }
