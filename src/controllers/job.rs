@@ -160,15 +160,17 @@ impl Jobs {
             .map(|pod| Ok(JobPod { pod: pod.decode()?, facts: pod.pod.clone() }))
             .collect::<Result<_, serde_json::Error>>()?;
         let known = self.failures.lock().get(key).filter(|(uid, _)| *uid == object.uid).map(|(_, failures)| *failures);
-        let plan = plan(&job, &views, known.unwrap_or_default(), Timestamp::now());
+        let mut plan = plan(&job, &views, known.unwrap_or_default(), Timestamp::now());
         let by_name: HashMap<&str, &Arc<Object>> = pods.iter().map(|pod| (pod.key.name(), pod)).collect();
         let deleted = self.delete(&object, &plan.delete, &by_name).await;
-        let created = self.create(&object, &job, &plan.create).await;
-        if created.is_err() || deleted.is_err() {
-            // The counts of the plan are wrong now; the next pass sees what there is.
-            created?;
-            deleted?;
+        let (missing, created) = self.create(&object, &job, &plan.create).await;
+        // The counts of the plan are wrong now; the next pass sees what there is.
+        deleted?;
+        // Where no pod may be created, as in a namespace that is being deleted, those that ended are let go all the same.
+        if let Some(active) = plan.status.active.as_mut() {
+            *active -= missing;
         }
+        plan.status.active = plan.status.active.filter(|active| *active != 0);
         if job.status.as_ref() != Some(&plan.status) {
             match self.api.update_status(&JOBS, &object, &plan.status).await {
                 Err(error) if error.is_not_found() => return Ok(Next::Done),
@@ -184,6 +186,7 @@ impl Jobs {
         for result in join_all(untracked.map(|pod| untrack(&self.api, pod))).await {
             result?;
         }
+        created?;
         Ok(plan.after.map_or(Next::Done, Next::After))
     }
 
@@ -203,7 +206,20 @@ impl Jobs {
         Ok(())
     }
 
-    async fn create(&self, object: &Object, job: &Job, wanted: &[NewPod]) -> Result<(), ApiError> {
+    /// Creates pods; also says how many are missing in the end.
+    async fn create(&self, object: &Object, job: &Job, wanted: &[NewPod]) -> (i32, Result<(), ApiError>) {
+        let mut created = 0;
+        let result = self.create_in_batches(object, job, wanted, &mut created).await;
+        (i32::try_from(wanted.len() - created).unwrap_or(i32::MAX), result)
+    }
+
+    async fn create_in_batches(
+        &self,
+        object: &Object,
+        job: &Job,
+        wanted: &[NewPod],
+        created: &mut usize,
+    ) -> Result<(), ApiError> {
         let Some(spec) = &job.spec else { return Ok(()) };
         let owner = controller_reference(&JOBS, object);
         let (name, namespace) = (object.key.name(), object.key.namespace());
@@ -219,9 +235,11 @@ impl Jobs {
                     pod(&template, PodName::Prefix(&prefix), namespace, &owner)
                 })
                 .collect::<Result<_, _>>()?;
+            let mut failure = None;
             for result in join_all(bodies.iter().map(|body| self.api.create(&PODS, namespace, body))).await {
                 match result {
                     Ok(pod) => {
+                        *created += 1;
                         let message = format!("Created pod: {}", pod.key.name());
                         self.events.tell(&JOBS, object, EventType::Normal, "SuccessfulCreate", message);
                     }
@@ -230,9 +248,12 @@ impl Jobs {
                             let message = format!("Error creating: {error}");
                             self.events.tell(&JOBS, object, EventType::Warning, "FailedCreate", message);
                         }
-                        return Err(error);
+                        failure = Some(error);
                     }
                 }
+            }
+            if let Some(error) = failure {
+                return Err(error);
             }
             rest = later;
             size *= 2;

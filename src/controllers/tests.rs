@@ -138,9 +138,13 @@ impl Cluster {
 
     /// Runs pods until `what` holds of the answer at `path`.
     async fn running_until(&self, path: &str, what: impl Fn(&Value) -> bool) -> Value {
+        self.running_in("default", path, what).await
+    }
+
+    async fn running_in(&self, namespace: &str, path: &str, what: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            self.run_pods("default").await;
+            self.run_pods(namespace).await;
             let answer = self.get(path).await;
             if what(&answer) {
                 return answer;
@@ -246,6 +250,20 @@ async fn a_namespace_gets_its_account_and_ca_and_goes_with_its_content() {
     cluster.delete("/api/v1/namespaces/team", Value::Null).await;
     cluster.eventually("/api/v1/namespaces/team", Value::is_string).await;
     assert_eq!(cluster.items("/api/v1/namespaces/team/configmaps").await, Vec::<Value>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_goes_while_a_job_in_it_wants_more_pods() {
+    let cluster = Cluster::start().await;
+    cluster.post("/api/v1/namespaces", json!({"metadata": {"name": "batch"}})).await;
+    cluster.eventually("/api/v1/namespaces/batch/serviceaccounts/default", Value::is_object).await;
+    let job = json!({"metadata": {"name": "job"}, "spec": {"completions": 4, "parallelism": 2,
+        "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}}});
+    cluster.post("/apis/batch/v1/namespaces/batch/jobs", job).await;
+    cluster.running_in("batch", "/api/v1/namespaces/batch/pods", |list| count(list) == 2).await;
+    cluster.delete("/api/v1/namespaces/batch", Value::Null).await;
+    // Pods in their last state keep the Job's finalizer until it has counted them.
+    cluster.running_in("batch", "/api/v1/namespaces/batch", |answer| !answer.is_object()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
