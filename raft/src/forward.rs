@@ -27,17 +27,17 @@ const REMEMBERED: usize = 1024;
 const PAUSE: Duration = Duration::from_millis(30);
 
 /// Commands to forward.
-pub(crate) struct Forward<'a> {
+pub(crate) struct Forward {
     pub term: u64,
     pub leader: u64,
     pub ticket: u64,
-    pub commands: &'a [Bytes],
+    pub commands: Arc<[Bytes]>,
 }
 
 /// Hands commands to the leader of a term. Returns true when they are (or may be) in its log, false when they certainly
 /// aren't and never will be by this call.
-pub(crate) async fn forward(peers: &Arc<Peers>, request: Forward<'_>, mut leader: watch::Receiver<Leader>) -> bool {
-    let body = Forwarded::encode(request.term, request.ticket, request.commands);
+pub(crate) async fn forward(peers: Arc<Peers>, request: Forward, mut leader: watch::Receiver<Leader>) -> bool {
+    let body = Forwarded::encode(request.term, request.ticket, &request.commands);
     let mut sent = false;
     loop {
         match peers.call(request.leader, "/propose", body.clone()).await {

@@ -257,14 +257,17 @@ impl Carrier {
                 Err(_) => return self.give_up(ticket, ProposeError::OutcomeUnknown),
             }
         } else {
-            let request = Forward { term, leader, ticket: ticket.number, commands: &commands };
-            let forwarding = forward(&self.peers, request, self.leader.clone());
+            let request = Forward { term, leader, ticket: ticket.number, commands };
+            let forwarding = forward(self.peers.clone(), request, self.leader.clone());
+            // A task of its own, because the entry is often applied here before the leader's answer comes: a request
+            // dropped then would reset its stream, and HTTP/2 ends a connection after so many answers to nobody.
+            let forwarding = tokio::spawn(tokio::time::timeout_at(deadline, forwarding));
             tokio::select! {
                 _ = &mut answered => return Attempt::Answered,
-                forwarded = tokio::time::timeout_at(deadline, forwarding) => match forwarded {
-                    Ok(true) => {}
-                    Ok(false) => return self.take_back(ticket),
-                    Err(_) => return self.give_up(ticket, ProposeError::OutcomeUnknown),
+                forwarded = forwarding => match forwarded {
+                    Ok(Ok(true)) => {}
+                    Ok(Ok(false)) => return self.take_back(ticket),
+                    Ok(Err(_)) | Err(_) => return self.give_up(ticket, ProposeError::OutcomeUnknown),
                 }
             }
         }
