@@ -11,6 +11,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns};
@@ -30,6 +31,10 @@ const SEND_REDIRECTS: u16 = 6;
 /// On the node's end: pods cannot send from foreign addresses; node ports answer on 127.0.0.1; a pod that reaches
 /// another one by the node is not told of a shorter way.
 const NODE_SIDE: [(u16, u32); 3] = [(RP_FILTER, 1), (ROUTE_LOCALNET, 1), (SEND_REDIRECTS, 0)];
+
+/// How long a new pair may take until both sides carry packets, and how often it is looked at.
+const CARRIER_WITHIN: Duration = Duration::from_secs(1);
+const CARRIER_POLL: Duration = Duration::from_millis(1);
 
 /// What a pod's link looks like.
 #[derive(Debug, Clone)]
@@ -63,16 +68,27 @@ pub fn join(link: &PodLink, netns: &Path) -> Result<(), NetworkError> {
     node_side(&mut node, link)?;
     setns(&pod, CloneFlags::CLONE_NEWNET).map_err(|errno| namespace(errno.into()))?;
     match pod_side(link) {
-        Ok(()) => Ok(()),
+        Ok(()) => {}
         // The pair exists and its other end is elsewhere: it is a former sandbox's.
         Err(NetlinkError::Answer(_)) => {
             remove(&mut node, &link.name)?;
             create(&mut node, link, &pod)?;
             node_side(&mut node, link)?;
-            Ok(pod_side(link)?)
+            pod_side(link)?;
         }
-        Err(error) => Err(error.into()),
+        Err(error) => return Err(error.into()),
     }
+    Ok(await_carrier(&mut node, &link.name)?)
+}
+
+/// The kernel tells the side that was up first by a task of its own; what is sent there before is lost without a word. (To
+/// ask for the link makes newer kernels deal with the news at once.) One that takes long is not waited for.
+fn await_carrier(node: &mut Socket, name: &str) -> Result<(), NetlinkError> {
+    let deadline = Instant::now() + CARRIER_WITHIN;
+    while node.link(name)?.is_some_and(|link| !link.works) && Instant::now() < deadline {
+        std::thread::sleep(CARRIER_POLL);
+    }
+    Ok(())
 }
 
 /// Removes the link; one that is gone already is fine.

@@ -23,6 +23,9 @@ pub(super) const IFLA_IFNAME: u16 = 3;
 pub(super) const IFLA_MTU: u16 = 4;
 pub(super) const IFLA_LINKINFO: u16 = 18;
 pub(super) const IFLA_IFALIAS: u16 = 20;
+/// State as RFC 2863 has it.
+const IFLA_OPERSTATE: u16 = 16;
+const IF_OPER_UP: u8 = 6;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_NET_NS_FD: u16 = 28;
 pub(super) const IFLA_INFO_KIND: u16 = 1;
@@ -91,6 +94,8 @@ pub struct Link {
     pub alias: String,
     /// MTU in bytes.
     pub mtu: u32,
+    /// It carries packets: the kernel has dealt with the news that it is up.
+    pub works: bool,
 }
 
 /// A route of ours in the main table.
@@ -314,6 +319,7 @@ fn link(payload: &[u8]) -> Option<Link> {
         name: text(attribute(attributes, IFLA_IFNAME)?),
         alias: attribute(attributes, IFLA_IFALIAS).map(text).unwrap_or_default(),
         mtu: attribute(attributes, IFLA_MTU).map_or(0, |value| u32_at(value, 0)),
+        works: attribute(attributes, IFLA_OPERSTATE).is_some_and(|state| state.first() == Some(&IF_OPER_UP)),
     })
 }
 
