@@ -9,6 +9,7 @@ use base64::Engine;
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -100,6 +101,39 @@ impl Client {
         };
         let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
         Ok((status, serde_json::from_slice(&bytes).unwrap_or_else(|_| text())))
+    }
+}
+
+impl Client {
+    /// The lines of an answer that comes bit by bit, on a connection of its own.
+    pub async fn lines(&self, path: &str) -> anyhow::Result<Lines> {
+        let mut connection =
+            tokio::time::timeout(self.patience, connect(self.credential.clone(), self.server)).await??;
+        let request = Request::get(path).header("host", self.server.to_string()).body(Full::default())?;
+        let response = tokio::time::timeout(self.patience, connection.send_request(request)).await??;
+        anyhow::ensure!(response.status().is_success(), "{}", response.status());
+        Ok(Lines { _connection: connection, body: response.into_body(), buffer: Vec::new() })
+    }
+}
+
+/// An answer of JSON lines.
+pub struct Lines {
+    _connection: SendRequest<Full<Bytes>>,
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line; none at the end, however it came.
+    pub async fn next(&mut self) -> Option<Value> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line).ok();
+            }
+            let frame = self.body.frame().await?.ok()?;
+            self.buffer.extend_from_slice(frame.data_ref()?);
+        }
     }
 }
 

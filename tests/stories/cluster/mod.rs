@@ -8,7 +8,7 @@
 //! - `hosts`: machines on it, and what runs there
 //! - `disks`: disks that stall, fail and lose power
 //! - `client`, `load`, `history`: clients, what they were told, and whether that can be
-//! - `form`, `kill`, `partition`, `disk`, `address`, `agents`: the stories
+//! - `form`, `kill`, `partition`, `disk`, `address`, `agents`, `watch`: the stories
 
 mod client;
 mod disks;
@@ -23,3 +23,4 @@ mod disk;
 mod form;
 mod kill;
 mod partition;
+mod watch;
