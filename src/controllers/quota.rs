@@ -42,7 +42,7 @@ pub fn start(term: &Term, discovery: &Arc<Discovery>) {
     let (services, claims) = (term.informers.of(&SERVICES), term.informers.of(&PERSISTENT_VOLUME_CLAIMS));
     let mut subscriptions = vec![enqueue_changed(&queue, &quotas)];
     for informer in [&pods, &services, &claims] {
-        subscriptions.push(enqueue_quotas(&queue, &quotas, informer));
+        subscriptions.push(enqueue_quotas(&queue, &quotas, informer, true));
     }
     let reconcile = Arc::new(Quotas {
         api: term.api("resourcequota-controller"),
@@ -76,15 +76,22 @@ fn enqueue_changed(queue: &Arc<Queue>, quotas: &Arc<Informer>) -> Subscription {
     })
 }
 
-/// Asks for the quotas of a namespace when something in it comes, goes or changes what it uses.
-fn enqueue_quotas(queue: &Arc<Queue>, quotas: &Arc<Informer>, informer: &Arc<Informer>) -> Subscription {
+/// Asks for the quotas of a namespace when something in it comes, goes or changes what it uses (which only objects can
+/// of which more than their number is `measured`).
+fn enqueue_quotas(
+    queue: &Arc<Queue>,
+    quotas: &Arc<Informer>,
+    informer: &Arc<Informer>,
+    measured: bool,
+) -> Subscription {
     let (queue, quotas) = (queue.clone(), quotas.clone());
     informer.subscribe(move |delta| {
         if let (Some(old), Some(new)) = (&delta.old, &delta.new)
-            && old.generation == new.generation
-            && old.is_finished() == new.is_finished()
-            && old.deleting.is_some() == new.deleting.is_some()
-            && old.generation != 0
+            && (!measured
+                || old.generation == new.generation
+                    && old.is_finished() == new.is_finished()
+                    && old.deleting.is_some() == new.deleting.is_some()
+                    && old.generation != 0)
         {
             return;
         }
@@ -335,7 +342,7 @@ impl Quotas {
         let informer = self.informers.metadata_of(resource);
         informer.synced().await;
         if !self.counted.lock().contains_key(resource) {
-            let subscription = enqueue_quotas(&self.queue, &self.quotas, &informer);
+            let subscription = enqueue_quotas(&self.queue, &self.quotas, &informer, false);
             self.counted.lock().insert(resource.clone(), subscription);
         }
         let count = informer.read().namespace(namespace).count();
