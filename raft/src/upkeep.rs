@@ -1,6 +1,7 @@
 //! What a member does unasked: compaction and the end of leases (as leader, through the log), snapshots when the log has
 //! grown (each for itself). An idle cluster proposes nothing.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,14 +16,25 @@ use crate::propose::Proposer;
 
 /// With leases about, their deadlines are looked at this often at least.
 const LEASE_LOOK: Duration = Duration::from_secs(1);
+/// Parts of the time between two compactions after which the newest revision is noted.
+const NOTES: u32 = 10;
 
-/// Every `interval`, forgets the history before the revision that was the newest one interval ago.
+/// Every `interval`, forgets the history before the revision that was the newest one interval ago. Every member notes how
+/// far the store is, so that whoever comes to lead knows what is old, however short the reigns are.
 pub(crate) async fn compact(store: Store, proposer: Proposer, leader: watch::Receiver<bool>, interval: Duration) {
-    let mut before = store.revision();
+    let mut notes = VecDeque::from([store.revision()]);
+    let (mut last, mut turns) = (store.compacted_revision(), 0);
     loop {
-        tokio::time::sleep(interval).await;
-        let due = std::mem::replace(&mut before, store.revision());
-        if *leader.borrow() && due > store.compacted_revision() {
+        tokio::time::sleep(interval / NOTES).await;
+        let compacted = store.compacted_revision();
+        turns = if compacted == last { turns + 1 } else { 1 };
+        last = compacted;
+        notes.push_back(store.revision());
+        if notes.len() <= NOTES as usize {
+            continue;
+        }
+        let Some(due) = notes.pop_front() else { continue };
+        if *leader.borrow() && turns >= NOTES && due > compacted {
             match proposer.propose(&Command::Compact { revision: due }).await {
                 Ok(_) => tracing::debug!(revision = due, "compacted"),
                 Err(error) => tracing::warn!(%error, "compaction was not done; the next one covers it"),
