@@ -1,14 +1,16 @@
 //! `coracle agent`: a node without a server in its process.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use coracle_agent::join::{Membership, Token, Wish};
 use coracle_agent::servers::Pool;
 use coracle_agent::{Access, AgentConfig};
 use k8s_openapi::api::core::v1::Taint;
-use std::net::IpAddr;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -97,11 +99,30 @@ async fn run_until(settings: Settings, shutdown: CancellationToken) -> anyhow::R
     let pool = Pool::new(servers.clone());
     let client = pool.client();
     tasks.spawn(pool.run(shutdown.clone()));
-    tasks.spawn(membership.keep(client.clone(), shutdown.clone()));
+    let rotate = Arc::new(Notify::new());
+    tasks.spawn(rotate_when_asked(rotate.clone(), shutdown.clone())?);
+    tasks.spawn(membership.keep(client.clone(), rotate, shutdown.clone()));
     let access = Access { client, link: None, servers: Some(servers) };
     let outcome = coracle_agent::run(config, access, shutdown.clone()).await.context("run the node");
     shutdown.cancel();
     tasks.close();
     tasks.wait().await;
     outcome
+}
+
+/// The signal by which `coracle certificate rotate` asks a running agent for another certificate.
+pub fn rotate_signal() -> SignalKind {
+    SignalKind::user_defined1()
+}
+
+fn rotate_when_asked(
+    rotate: Arc<Notify>,
+    shutdown: CancellationToken,
+) -> std::io::Result<impl Future<Output = Option<()>>> {
+    let mut asked = signal(rotate_signal())?;
+    Ok(shutdown.run_until_cancelled_owned(async move {
+        while asked.recv().await.is_some() {
+            rotate.notify_one();
+        }
+    }))
 }

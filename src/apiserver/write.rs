@@ -152,6 +152,7 @@ async fn insert_once(call: &Call<'_>, mut object: Value, options: &WriteOptions)
         identity: call.identity,
         now: &now,
         dry_run: options.dry_run,
+        services: call.server.service_network(),
     };
     reset_status(resource, &mut object);
     (resource.strategy.prepare_create)(&context, &mut object);
@@ -396,6 +397,7 @@ async fn attempt(
         identity: call.identity,
         now: &now,
         dry_run: options.dry_run,
+        services: call.server.service_network(),
     };
     confine(call, &mut object, &old);
     carry_over(&mut object, &old);
@@ -458,6 +460,7 @@ pub(super) async fn release(call: &Call<'_>, name: &str, old: &Value, new: Optio
         identity: call.identity,
         now: &now,
         dry_run: false,
+        services: call.server.service_network(),
     };
     released(call.server, &context, old, new).await;
 }

@@ -2,15 +2,25 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
+use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use http::Method;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::client::{Client, Instance, age, print_table};
 use crate::server::admin::PREFIX;
 use crate::server::admin::certificates::CertificateView;
 use crate::server::admin_kubeconfig;
+use crate::server::lock::DataDirLock;
+
+/// The certificate and key of an agent, in its data folder.
+const AGENT_CERTIFICATE: &str = "agent/client.pem";
+/// How long a running agent may take to get another certificate, and how often that is looked at.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(200);
 
 /// `coracle certificate`.
 #[derive(Debug, Args)]
@@ -28,7 +38,7 @@ pub struct CertificateArgs {
 pub enum CertificateCommand {
     /// Show when the certificates of this machine end
     Check,
-    /// Make this server's certificates anew; nothing restarts
+    /// Make this machine's certificates anew; nothing restarts
     Rotate,
 }
 
@@ -37,7 +47,11 @@ pub fn run(args: CertificateArgs) -> anyhow::Result<ExitCode> {
     let data_dir = &args.instance.data_dir;
     let path = format!("{PREFIX}certificates");
     let mut all: Vec<CertificateView> = match args.command {
-        CertificateCommand::Check if !admin_kubeconfig(data_dir).exists() && of_agent(data_dir).is_some() => Vec::new(),
+        CertificateCommand::Check if is_agent(data_dir) => Vec::new(),
+        CertificateCommand::Rotate if is_agent(data_dir) => {
+            rotate_agent(data_dir)?;
+            Vec::new()
+        }
         CertificateCommand::Check => Client::open(&args.instance)?.call(Method::GET, &path, &())?,
         CertificateCommand::Rotate => {
             Client::open(&args.instance)?.call(Method::POST, &format!("{path}/rotate"), &())?
@@ -49,9 +63,34 @@ pub fn run(args: CertificateArgs) -> anyhow::Result<ExitCode> {
     Ok(if over { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Whether the folder is that of an agent that joined, without a server.
+pub fn is_agent(data_dir: &Path) -> bool {
+    !admin_kubeconfig(data_dir).exists() && data_dir.join(AGENT_CERTIFICATE).exists()
+}
+
+/// Asks the running agent for another certificate and waits for it.
+fn rotate_agent(data_dir: &Path) -> anyhow::Result<()> {
+    let dir = data_dir.display();
+    let Some(pid) = DataDirLock::holder(data_dir) else {
+        bail!("no agent is running in {dir}; start it first (with --token if its certificate has ended)");
+    };
+    let read = || std::fs::read(data_dir.join(AGENT_CERTIFICATE)).ok();
+    let before = read();
+    let signal = crate::node::rotate_signal().as_raw_value();
+    kill(Pid::from_raw(pid), Signal::try_from(signal)?).with_context(|| format!("ask the agent with pid {pid}"))?;
+    let end = Instant::now() + PATIENCE;
+    while read() == before {
+        if Instant::now() > end {
+            bail!("the agent has no other certificate after {} s; its log says why", PATIENCE.as_secs());
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 /// The certificate of an agent that joined.
 pub fn of_agent(data_dir: &Path) -> Option<CertificateView> {
-    let pem = std::fs::read(data_dir.join("agent/client.pem")).ok()?;
+    let pem = std::fs::read(data_dir.join(AGENT_CERTIFICATE)).ok()?;
     CertificateView::of_pem("node", &pem, SystemTime::now())
 }
 

@@ -10,12 +10,14 @@
 //! | [`agent`] | `coracle agent` |
 //! | [`client`] | the way to the running server of an instance |
 //! | [`status`], [`member`], [`token`], [`snapshot`], [`certificate`] | the commands of these names |
+//! | [`agent_status`] | `coracle status` where only an agent runs |
 //! | [`images`] | `coracle images` |
 //! | [`kubectl`] | `coracle kubectl` |
 //! | [`check_config`] | `coracle check-config` |
 //! | [`uninstall`] | `coracle uninstall` |
 
 pub mod agent;
+pub mod agent_status;
 pub mod args;
 pub mod certificate;
 pub mod check_config;

@@ -91,7 +91,7 @@ pub fn run(args: SnapshotArgs) -> anyhow::Result<ExitCode> {
             for snapshot in &gone {
                 say(format_args!("deleted {}", snapshot.path.display()));
             }
-            say(format_args!("{} snapshots deleted", gone.len()));
+            say(format_args!("{} snapshot{} deleted", gone.len(), if gone.len() == 1 { "" } else { "s" }));
         }
         SnapshotCommand::Restore { file, cluster_key } => restore(instance, &file, cluster_key)?,
     }

@@ -1,17 +1,15 @@
 //! `coracle status`: one screen about this machine and its cluster.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::Args;
 use http::Method;
 
-use super::certificate;
+use super::agent_status;
 use super::client::{Client, Instance, Output, age, print_table, say};
 use crate::server::admin::PREFIX;
 use crate::server::admin::status::{MemberHealth, StatusView};
-use crate::server::admin_kubeconfig;
 use crate::server::lock::DataDirLock;
 
 /// `coracle status`.
@@ -28,8 +26,8 @@ pub struct StatusArgs {
 /// Runs the command; fails when something is wrong.
 pub fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     let data_dir = &args.instance.data_dir;
-    if !admin_kubeconfig(data_dir).exists() && data_dir.join("agent/servers.json").exists() {
-        return Ok(of_agent(data_dir));
+    if agent_status::is_agent(data_dir) {
+        return agent_status::run(data_dir, args.output);
     }
     let client = Client::open(&args.instance)?;
     if DataDirLock::holder(data_dir).is_none() {
@@ -70,32 +68,5 @@ fn print(status: &StatusView) {
     let rows: Vec<_> = status.members.iter().map(row).collect();
     print_table(["SERVER", "ADDRESS", "ROLE", "LAG", "CLOCK", "HEALTH"], &rows);
     say("");
-    if status.problems.is_empty() {
-        say(format_args!("Nothing is wrong."));
-    }
-    for problem in &status.problems {
-        say(format_args!("WRONG    {}", problem.what));
-        say(format_args!("  do     {}", problem.remedy));
-    }
-}
-
-/// What can be said on a machine that runs an agent only.
-fn of_agent(data_dir: &Path) -> ExitCode {
-    let text = std::fs::read(data_dir.join("agent/servers.json")).unwrap_or_default();
-    let known: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
-    let servers: Vec<_> = known["servers"].as_array().into_iter().flatten().filter_map(|s| s.as_str()).collect();
-    say(format_args!("Agent    {}", data_dir.display()));
-    say(format_args!("Servers  {}", if servers.is_empty() { "none known".to_owned() } else { servers.join(", ") }));
-    let Some(node) = certificate::of_agent(data_dir) else {
-        say(format_args!("WRONG    this machine has no certificate"));
-        say(format_args!("  do     start the agent with --server and --token"));
-        return ExitCode::FAILURE;
-    };
-    say(format_args!("Certs    the node's certificate ends in {} ({})", age(node.seconds_left), node.state));
-    if node.state == "expired" {
-        say(format_args!("WRONG    the node's certificate has ended"));
-        say(format_args!("  do     start the agent with --token to have it admitted again"));
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    agent_status::print_problems(&status.problems);
 }

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use clap::{Args, Subcommand};
 use http::Method;
@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use rand::Rng;
 use serde_json::{Value, json};
 
-use super::client::{Client, Instance, Output, age, print_table, say};
+use super::client::{Client, Instance, Output, Refused, age, print_table, say};
 use crate::server::admin::PREFIX;
 
 const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
@@ -79,7 +79,13 @@ pub fn run(args: TokenArgs) -> anyhow::Result<ExitCode> {
         TokenCommand::Delete { tokens } => {
             for token in tokens {
                 let id = id_of(&token)?;
-                let _: Value = client.call(Method::DELETE, &format!("{SECRETS}/{NAME}{id}"), &())?;
+                let deleted: Result<Value, _> = client.call(Method::DELETE, &format!("{SECRETS}/{NAME}{id}"), &());
+                deleted.map_err(|error| match error.downcast_ref::<Refused>() {
+                    Some(Refused { code: 404, .. }) => {
+                        anyhow!("there is no token {id}: `coracle token list` shows them")
+                    }
+                    _ => error,
+                })?;
                 say(format_args!("token {id} deleted"));
             }
         }

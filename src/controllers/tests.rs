@@ -41,7 +41,7 @@ impl Cluster {
             authorizer,
             backend,
             address: "10.0.0.1:6443".to_owned(),
-            services: ServiceNetwork { range: "10.43.0.0/16".parse().unwrap(), node_ports: 30000..=32767 },
+            services: ServiceNetwork { ranges: vec!["10.43.0.0/16".parse().unwrap()], node_ports: 30000..=32767 },
             shutdown: shutdown.clone(),
         });
         let own = client(&server, Identity::apiserver());

@@ -22,7 +22,7 @@ pub async fn namespaces(client: &kube::Client) -> anyhow::Result<()> {
 }
 
 /// Makes what is missing. Repeatable. What is behind the `kubernetes` Service is [`super::live`]'s to write.
-pub async fn ensure(client: &kube::Client, settings: &Settings, service_ip: IpAddr) -> anyhow::Result<()> {
+pub async fn ensure(client: &kube::Client, settings: &Settings) -> anyhow::Result<()> {
     for (name, value, what) in [
         (
             "system-node-critical",
@@ -46,9 +46,11 @@ pub async fn ensure(client: &kube::Client, settings: &Settings, service_ip: IpAd
         "spec": {"cidrs": settings.service_cidr.iter().map(ToString::to_string).collect::<Vec<_>>()},
     });
     create(client, "/apis/networking.k8s.io/v1/servicecidrs", range).await?;
-    kubernetes_service(client, settings, service_ip).await?;
+    if let Some(address) = super::service_network(settings).first() {
+        kubernetes_service(client, settings, address).await?;
+    }
     if settings.dns {
-        dns_service(client, settings.cluster_dns[0]).await?;
+        dns_service(client, &settings.cluster_dns).await?;
     }
     Ok(())
 }
@@ -68,7 +70,7 @@ async fn kubernetes_service(client: &kube::Client, settings: &Settings, service_
 }
 
 /// Has no selector: the responder of every node answers on the address itself.
-async fn dns_service(client: &kube::Client, address: IpAddr) -> anyhow::Result<()> {
+async fn dns_service(client: &kube::Client, addresses: &[IpAddr]) -> anyhow::Result<()> {
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {
@@ -76,7 +78,8 @@ async fn dns_service(client: &kube::Client, address: IpAddr) -> anyhow::Result<(
             "labels": {"k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true", "kubernetes.io/name": "CoreDNS"},
         },
         "spec": {
-            "type": "ClusterIP", "clusterIP": address.to_string(), "clusterIPs": [address.to_string()],
+            "type": "ClusterIP", "clusterIP": addresses.first(), "clusterIPs": addresses,
+            "ipFamilyPolicy": if addresses.len() > 1 { "RequireDualStack" } else { "SingleStack" },
             "ports": [
                 {"name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53},
                 {"name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53},

@@ -113,7 +113,7 @@ pub fn explain(error: &dyn std::error::Error) -> String {
 
 /// Where Service addresses and node ports come from.
 pub fn service_network(settings: &Settings) -> ServiceNetwork {
-    ServiceNetwork { range: settings.service_cidr[0], node_ports: settings.node_ports.clone() }
+    ServiceNetwork { ranges: settings.service_cidr.clone(), node_ports: settings.node_ports.clone() }
 }
 
 /// The secret by which the node of this machine proves that it is the one of before.
@@ -333,7 +333,8 @@ async fn listen(
 ) -> anyhow::Result<(crate::apiserver::listener::Listener, Arc<crate::auth::pki::ServerLeaf>)> {
     let mut addresses = settings.node_ips();
     addresses.extend(cluster.address.parse::<SocketAddr>().ok().map(|address| address.ip()));
-    addresses.extend([settings.bind_address, service_network(settings).first()]);
+    addresses.push(settings.bind_address);
+    addresses.extend(service_network(settings).first());
     let names = ServingNames {
         cluster_domain: &settings.cluster_domain,
         node_name: &settings.node_name,

@@ -111,8 +111,7 @@ async fn insist<F: Future<Output = anyhow::Result<()>>>(readiness: &Readiness, a
 
 async fn bootstrap_once(client: &kube::Client, settings: &Settings, cluster: &Cluster) -> anyhow::Result<()> {
     rbac::bootstrap::reconcile(client).await.context("write the bootstrap policy")?;
-    let network = super::service_network(settings);
-    bootstrap::ensure(client, settings, network.first()).await?;
+    bootstrap::ensure(client, settings).await?;
     live::set_leaving(&cluster.node, false).await?;
     if cluster.is_alone() {
         // Nobody else could say so, and readiness need not wait for the leader's next look.

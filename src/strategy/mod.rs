@@ -30,6 +30,7 @@ use crate::apiserver::field::ErrorList;
 use crate::apiserver::resources::Resource;
 use crate::apiserver::status::Status;
 use crate::auth::Identity;
+use crate::strategy::service::allocation::ServiceNetwork;
 use futures::future::BoxFuture;
 use serde_json::Value;
 
@@ -45,6 +46,8 @@ pub struct Context<'a> {
     /// Now, RFC 3339 in seconds, as it goes into `metav1.Time` fields.
     pub now: &'a str,
     pub dry_run: bool,
+    /// Where Services get their addresses.
+    pub services: &'a ServiceNetwork,
 }
 
 /// What names a kind allows.

@@ -33,7 +33,7 @@ pub async fn watch_folder(
         .map_err(|errno| failed("watch the images folder")(errno.into()))?;
     // Watched before the first look, so that nothing falls between.
     inotify
-        .add_watch(&folder, AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO)
+        .add_watch(&folder, AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE)
         .map_err(|errno| failed("watch the images folder")(errno.into()))?;
     let events = inotify.as_fd().try_clone_to_owned().map_err(failed("watch the images folder"))?;
     // SAFETY: an owned descriptor stays open and the same one as long as it is registered.
@@ -41,25 +41,43 @@ pub async fn watch_folder(
         .map_err(|error| failed("watch the images folder")(std::io::Error::other(error.to_string())))?;
     let mut known: BTreeMap<String, Mark> =
         fs::read(&marks).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let mut pause = Duration::ZERO;
+    let mut first = true;
     loop {
-        let unsettled = import_new(&store, &folder, &mut known, pause.is_zero()).await;
+        let unsettled = import_new(&store, &folder, &mut known, first).await;
+        first = false;
         if let Ok(text) = serde_json::to_vec(&known) {
             let _ = fs::write(&marks, text);
         }
         // Files found half-written at the start have no writer that would tell: look again.
-        pause = if unsettled { SETTLED } else { Duration::MAX };
-        tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            () = tokio::time::sleep(pause.min(Duration::from_secs(86_400))) => {}
-            ready = events.readable() => {
-                let mut ready = ready.map_err(failed("watch the images folder"))?;
-                ready.clear_ready();
-                while inotify.read_events().is_ok_and(|events| !events.is_empty()) {}
-                pause = Duration::MAX;
+        let mut pause = if unsettled { SETTLED } else { Duration::from_secs(86_400) };
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(pause) => break,
+                ready = events.readable() => {
+                    let mut ready = ready.map_err(failed("watch the images folder"))?;
+                    ready.clear_ready();
+                    if complete(&inotify) {
+                        break;
+                    }
+                    // A new name may be a link to a whole archive, which nobody will write and close.
+                    pause = pause.min(SETTLED);
+                }
             }
         }
     }
+}
+
+/// Takes the events; true when one of them tells that a file is whole.
+fn complete(inotify: &Inotify) -> bool {
+    let mut whole = false;
+    while let Ok(events) = inotify.read_events() {
+        if events.is_empty() {
+            break;
+        }
+        whole |= events.iter().any(|event| !event.mask.contains(AddWatchFlags::IN_CREATE));
+    }
+    whole
 }
 
 /// Imports what is new. True when a file may still be growing.

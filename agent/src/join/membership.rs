@@ -6,12 +6,14 @@
 //! | settings and a good certificate are kept | the agent runs at once, with or without servers |
 //! | settings are kept, the certificate is missing or over | the agent runs at once, so that pods go on; admission by the token in the background |
 //!
-//! While it runs the certificate is renewed when a third of its life is left.
+//! While it runs the certificate is renewed when a third of its life is left, or when the operator says so.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::CertificateDer;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{self, AdmissionError, Admitted, Applicant, ClusterSettings};
@@ -132,12 +134,13 @@ impl Membership {
         Ok(kept)
     }
 
-    /// Keeps the certificate good until shutdown.
-    pub async fn keep(self, client: kube::Client, shutdown: CancellationToken) {
-        shutdown.run_until_cancelled(self.keep_good(ApiClient::new(client))).await;
+    /// Keeps the certificate good until shutdown; `rotate` asks for another one at once.
+    pub async fn keep(self, client: kube::Client, rotate: Arc<Notify>, shutdown: CancellationToken) {
+        shutdown.run_until_cancelled(self.keep_good(ApiClient::new(client), &rotate)).await;
     }
 
-    async fn keep_good(&self, api: ApiClient) {
+    async fn keep_good(&self, api: ApiClient, rotate: &Notify) {
+        let mut asked = false;
         let mut renewal_delay = Jitter::new(RENEWAL.0, RENEWAL.1);
         let mut admission_delay = Jitter::new(ADMISSION.0, ADMISSION.1);
         let mut complained = false;
@@ -146,7 +149,7 @@ impl Membership {
             let kept = self.credentials.certificate(&self.wish.node_name);
             let kept = kept.unwrap_or_default().filter(|kept| !kept.is_over(now));
             let result = match &kept {
-                Some(kept) if !kept.due_in(now).is_zero() => Ok(false),
+                Some(kept) if !asked && !kept.due_in(now).is_zero() => Ok(false),
                 Some(_) => self.renew(&api).await.map(|()| true),
                 None => self.readmit().await.map(|()| true),
             };
@@ -157,7 +160,7 @@ impl Membership {
                     }
                     renewal_delay.reset();
                     admission_delay.reset();
-                    complained = false;
+                    (complained, asked) = (false, false);
                     // What was just renewed is looked at anew in a moment.
                     kept.as_ref().map_or(MOMENT, |kept| kept.due_in(now)).clamp(MOMENT, CHECK)
                 }
@@ -172,7 +175,10 @@ impl Membership {
                     admission_delay.delay()
                 }
             };
-            tokio::time::sleep(wait).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = rotate.notified() => asked = true,
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use rand::Rng;
 use serde_json::{Value, json};
 
+use super::families::family_of;
 use super::{has_cluster_ip, is_headless, wants_node_ports};
 use crate::apiserver::ApiServer;
 use crate::apiserver::field::FieldError;
@@ -23,8 +24,8 @@ use crate::strategy::value::{int, list, text};
 /// Where Service addresses and node ports come from.
 #[derive(Debug, Clone)]
 pub struct ServiceNetwork {
-    /// `--service-cidr`.
-    pub range: IpNet,
+    /// `--service-cidr`: at most one range of each family, the primary one first.
+    pub ranges: Vec<IpNet>,
     /// `--service-node-port-range`.
     pub node_ports: RangeInclusive<u16>,
 }
@@ -34,29 +35,34 @@ const TRIES: usize = 16;
 const NODE_PORTS: &str = "/coracle/nodeports/";
 
 impl ServiceNetwork {
-    /// The address of the `kubernetes` Service: the first of the range.
-    pub fn first(&self) -> IpAddr {
-        self.nth(1)
+    /// The families that Services may have, the primary one first.
+    pub fn families(&self) -> Vec<&'static str> {
+        self.ranges.iter().map(|range| family_of(range.addr())).collect()
     }
 
-    fn nth(&self, n: u128) -> IpAddr {
-        match self.range.network() {
-            IpAddr::V4(ip) => Ipv4Addr::from(u32::from(ip).wrapping_add(n as u32)).into(),
-            IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip).wrapping_add(n)).into(),
-        }
+    /// The address of the `kubernetes` Service: the first of the primary range.
+    pub fn first(&self) -> Option<IpAddr> {
+        self.ranges.first().map(|range| nth(*range, 1))
     }
+}
 
-    /// Addresses that a Service may have: all but the network's and the broadcast address.
-    fn size(&self) -> u128 {
-        let bits = u32::from(self.range.max_prefix_len() - self.range.prefix_len());
-        let all = 1u128.checked_shl(bits.min(64)).unwrap_or(u128::MAX);
-        if self.range.network().is_ipv4() { all.saturating_sub(2) } else { all - 1 }
+fn nth(range: IpNet, n: u128) -> IpAddr {
+    match range.network() {
+        IpAddr::V4(ip) => Ipv4Addr::from(u32::from(ip).wrapping_add(n as u32)).into(),
+        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip).wrapping_add(n)).into(),
     }
+}
 
-    /// The lower part is left to addresses that are asked for by name (KEP-3070).
-    fn reserved(&self) -> u128 {
-        (self.size() / 16).clamp(16, 256).min(self.size())
-    }
+/// Addresses of a range that a Service may have: all but the network's and the broadcast address.
+fn size(range: IpNet) -> u128 {
+    let bits = u32::from(range.max_prefix_len() - range.prefix_len());
+    let all = 1u128.checked_shl(bits.min(64)).unwrap_or(u128::MAX);
+    if range.network().is_ipv4() { all.saturating_sub(2) } else { all - 1 }
+}
+
+/// The lower part of a range is left to addresses that are asked for by name (KEP-3070).
+fn reserved(range: IpNet) -> u128 {
+    (size(range) / 16).clamp(16, 256).min(size(range))
 }
 
 /// See [`crate::strategy::Strategy::allocate`].
@@ -79,6 +85,7 @@ fn invalid(context: &Context<'_>, error: FieldError) -> Status {
     Status::invalid("", "Service", context.name, &vec![error])
 }
 
+/// An address of each family of the Service; those that it had stay.
 async fn addresses(
     server: &ApiServer,
     context: &Context<'_>,
@@ -89,29 +96,49 @@ async fn addresses(
     if !has_cluster_ip(spec) || is_headless(spec) {
         return Ok(());
     }
-    let networks = networks(server)?;
-    let wanted = text(spec, "/clusterIP").to_owned();
-    if old.is_some_and(|old| text(old, "/spec/clusterIP") == wanted && !wanted.is_empty()) {
+    let mut ips: Vec<String> =
+        list(spec, "/clusterIPs").iter().map(|ip| ip.as_str().unwrap_or_default().to_owned()).collect();
+    let families: Vec<String> = list(spec, "/ipFamilies").iter().filter_map(Value::as_str).map(str::to_owned).collect();
+    ips.resize(families.len().max(ips.len()), String::new());
+    let had =
+        |ip: &str| old.is_some_and(|old| list(old, "/spec/clusterIPs").iter().any(|had| had.as_str() == Some(ip)));
+    if ips.iter().all(|ip| !ip.is_empty() && had(ip)) {
         return Ok(());
     }
-    if wanted.is_empty() {
-        let network = &networks[0];
-        let ip =
-            if context.dry_run { network.nth(network.size()) } else { any_address(server, context, &networks).await? };
-        new["spec"]["clusterIP"] = json!(ip.to_string());
-        new["spec"]["clusterIPs"] = json!([ip.to_string()]);
-        return Ok(());
+    let ranges = ranges(server)?;
+    for i in 0..ips.len() {
+        if ips[i].is_empty() {
+            let own: Vec<IpNet> =
+                ranges.iter().copied().filter(|range| family_of(range.addr()) == families[i]).collect();
+            ips[i] = any_address(server, context, &own).await?.to_string();
+        } else if !had(&ips[i]) {
+            named_address(server, context, &ips, i, &ranges).await?;
+        }
     }
+    new["spec"]["clusterIP"] = json!(ips[0]);
+    new["spec"]["clusterIPs"] = json!(ips);
+    Ok(())
+}
+
+/// Reserves the address that the client asked for.
+async fn named_address(
+    server: &ApiServer,
+    context: &Context<'_>,
+    ips: &[String],
+    i: usize,
+    ranges: &[IpNet],
+) -> Result<(), Status> {
     let fault = |why: &str| {
-        let detail = format!("failed to allocate IP {wanted}: {why}");
-        invalid(context, FieldError::invalid("spec.clusterIPs", json!([wanted]), detail))
+        let detail = format!("failed to allocate IP {}: {why}", ips[i]);
+        invalid(context, FieldError::invalid("spec.clusterIPs", json!(ips), detail))
     };
-    let ip: IpAddr = wanted.parse().map_err(|_| fault("invalid address"))?;
-    if !networks.iter().any(|network| network.range.contains(&ip) && ip != network.nth(0)) {
-        let ranges: Vec<String> = networks.iter().map(|network| network.range.to_string()).collect();
+    let ip: IpAddr = ips[i].parse().map_err(|_| fault("invalid address"))?;
+    if !ranges.iter().any(|range| range.contains(&ip) && ip != range.network()) {
+        let own = ranges.iter().filter(|range| family_of(range.addr()) == family_of(ip));
+        let own: Vec<String> = own.map(ToString::to_string).collect();
         return Err(fault(&format!(
             "the provided IP ({ip}) is not in the valid range. The range of valid IPs is {}",
-            ranges.join(", ")
+            own.join(", ")
         )));
     }
     if !context.dry_run && !reserve_address(server, context, ip).await? {
@@ -120,55 +147,52 @@ async fn addresses(
     Ok(())
 }
 
-/// The range that the server was started with, then those of ServiceCIDRs that are not being deleted.
-fn networks(server: &ApiServer) -> Result<Vec<ServiceNetwork>, Status> {
-    let own = server.service_network();
-    let mut networks = vec![own.clone()];
-    let Some(resource) = resources::builtin("networking.k8s.io", "servicecidrs") else { return Ok(networks) };
+/// The ranges that the server was started with, then those of ServiceCIDRs that are not being deleted.
+fn ranges(server: &ApiServer) -> Result<Vec<IpNet>, Status> {
+    let mut ranges = server.service_network().ranges.clone();
+    let Some(resource) = resources::builtin("networking.k8s.io", "servicecidrs") else { return Ok(ranges) };
     let start = resource.key("", "");
-    let range = RangeRequest { end: prefix_end(&start), start, ..RangeRequest::default() };
-    for kv in server.backend().range(&range)?.kvs {
+    let request = RangeRequest { end: prefix_end(&start), start, ..RangeRequest::default() };
+    for kv in server.backend().range(&request)?.kvs {
         let Ok(object) = serde_json::from_slice::<Value>(&kv.value) else { continue };
         if !text(&object, "/metadata/deletionTimestamp").is_empty() {
             continue;
         }
         for range in list(&object, "/spec/cidrs").iter().filter_map(|cidr| cidr.as_str()?.parse::<IpNet>().ok()) {
-            if networks.iter().all(|network| network.range != range) {
-                networks.push(ServiceNetwork { range, node_ports: own.node_ports.clone() });
+            if !ranges.contains(&range) {
+                ranges.push(range);
             }
         }
     }
-    Ok(networks)
+    Ok(ranges)
 }
 
-/// A free address: of the own range, or of another one of the same family when that is full.
-async fn any_address(server: &ApiServer, context: &Context<'_>, networks: &[ServiceNetwork]) -> Result<IpAddr, Status> {
-    let six = networks[0].range.addr().is_ipv6();
-    for network in networks.iter().filter(|network| network.range.addr().is_ipv6() == six) {
-        if let Some(ip) = address_of(server, context, network).await? {
+/// A free address of ranges of one family: of the first one, or of another one when that is full.
+async fn any_address(server: &ApiServer, context: &Context<'_>, ranges: &[IpNet]) -> Result<IpAddr, Status> {
+    for range in ranges {
+        if context.dry_run {
+            return Ok(nth(*range, size(*range)));
+        }
+        if let Some(ip) = address_of(server, context, *range).await? {
             return Ok(ip);
         }
     }
     Err(Status::internal("failed to allocate a serviceIP: range is full"))
 }
 
-async fn address_of(
-    server: &ApiServer,
-    context: &Context<'_>,
-    network: &ServiceNetwork,
-) -> Result<Option<IpAddr>, Status> {
-    let (low, size) = (network.reserved(), network.size());
+async fn address_of(server: &ApiServer, context: &Context<'_>, range: IpNet) -> Result<Option<IpAddr>, Status> {
+    let (low, size) = (reserved(range), size(range));
     for _ in 0..TRIES {
         let n = if low < size { rand::rng().random_range(low + 1..=size) } else { rand::rng().random_range(1..=size) };
-        if reserve_address(server, context, network.nth(n)).await? {
-            return Ok(Some(network.nth(n)));
+        if reserve_address(server, context, nth(range, n)).await? {
+            return Ok(Some(nth(range, n)));
         }
     }
     // Nearly full: from the top down, the reserved part last.
-    for n in (1..=size.min(1 << 20)).rev() {
-        let key = ip_addresses()?.key("", &network.nth(n).to_string());
-        if server.backend().get(&key)?.is_none() && reserve_address(server, context, network.nth(n)).await? {
-            return Ok(Some(network.nth(n)));
+    for ip in (1..=size.min(1 << 20)).rev().map(|n| nth(range, n)) {
+        let key = ip_addresses()?.key("", &ip.to_string());
+        if server.backend().get(&key)?.is_none() && reserve_address(server, context, ip).await? {
+            return Ok(Some(ip));
         }
     }
     Ok(None)
@@ -180,7 +204,6 @@ fn ip_addresses() -> Result<&'static Resource, Status> {
 
 /// Creates the `IPAddress`; false when another Service has it.
 async fn reserve_address(server: &ApiServer, context: &Context<'_>, ip: IpAddr) -> Result<bool, Status> {
-    let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
     let parent = json!({"group": "", "resource": "services", "namespace": context.namespace, "name": context.name});
     let object = json!({
         "apiVersion": "networking.k8s.io/v1",
@@ -188,7 +211,7 @@ async fn reserve_address(server: &ApiServer, context: &Context<'_>, ip: IpAddr) 
         "metadata": {
             "name": ip.to_string(),
             "labels": {
-                "ipaddress.kubernetes.io/ip-family": family,
+                "ipaddress.kubernetes.io/ip-family": family_of(ip),
                 "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io",
             },
             "creationTimestamp": context.now,
@@ -408,12 +431,20 @@ mod tests {
 
     #[test]
     fn the_range_leaves_out_network_and_broadcast() {
-        let network = |range: &str| ServiceNetwork { range: range.parse().unwrap(), node_ports: 30000..=32767 };
-        let small = network("10.43.0.0/24");
-        assert_eq!(small.first().to_string(), "10.43.0.1");
-        assert_eq!((small.size(), small.reserved()), (254, 16));
-        assert_eq!(small.nth(small.size()).to_string(), "10.43.0.254");
-        assert_eq!(network("10.43.0.0/16").reserved(), 256);
+        let small: IpNet = "10.43.0.0/24".parse().unwrap();
+        assert_eq!((size(small), reserved(small)), (254, 16));
+        assert_eq!(nth(small, size(small)).to_string(), "10.43.0.254");
+        assert_eq!(reserved("10.43.0.0/16".parse().unwrap()), 256);
+        let six: IpNet = "fd43::/112".parse().unwrap();
+        assert_eq!((size(six), nth(six, size(six)).to_string()), (65535, "fd43::ffff".to_owned()));
+    }
+
+    #[test]
+    fn the_first_range_is_that_of_the_primary_family() {
+        let ranges = ["fd43::/112", "10.43.0.0/16"].map(|range| range.parse().unwrap()).to_vec();
+        let network = ServiceNetwork { ranges, node_ports: 30000..=32767 };
+        assert_eq!(network.families(), ["IPv6", "IPv4"]);
+        assert_eq!(network.first().unwrap().to_string(), "fd43::1");
     }
 
     #[test]

@@ -2,10 +2,12 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
+//! | [`families`] | IP families: what is inferred, what may change |
 //! | [`validation`] | faults with upstream's texts |
 //! | [`allocation`] | cluster addresses (as `IPAddress` objects) and node ports |
 
 pub mod allocation;
+pub mod families;
 pub mod validation;
 
 use serde_json::{Map, Value, json};
@@ -44,11 +46,13 @@ pub(crate) fn wants_node_ports(spec: &Value) -> bool {
     }
 }
 
-fn prepare_create(_: &Context<'_>, new: &mut Value) {
+fn prepare_create(context: &Context<'_>, new: &mut Value) {
     new["status"] = json!({"loadBalancer": {}});
-    let spec = object_mut(new, "spec");
-    defaults(spec);
-    sync_cluster_ips(spec, None);
+    defaults(object_mut(new, "spec"));
+    let spec = &mut new["spec"];
+    families::synchronize(spec, None);
+    // A fault is told by the validation, which does this again.
+    drop(families::init(spec, None, &context.services.families()));
 }
 
 fn prepare_update(context: &Context<'_>, new: &mut Value, old: &Value) {
@@ -57,38 +61,29 @@ fn prepare_update(context: &Context<'_>, new: &mut Value, old: &Value) {
     }
     let spec = object_mut(new, "spec");
     let old_spec = &old["spec"];
-    // A client that does not know of an allocated field keeps it by leaving it out.
-    let (now, before) = (text_of(spec, "type"), text(old_spec, "/type").to_owned());
-    let needs_ip = now != "ExternalName";
-    let had_ip = before != "ExternalName" && !text(old_spec, "/clusterIP").is_empty();
-    if needs_ip && had_ip && text_of(spec, "clusterIP").is_empty() && spec.get("clusterIPs").is_none_or(no_items) {
-        for key in ["clusterIP", "clusterIPs"] {
-            if let Some(value) = old_spec.get(key) {
-                spec.insert(key.to_owned(), value.clone());
-            }
-        }
-    }
-    for key in ["ipFamilies", "ipFamilyPolicy"] {
-        if needs_ip
-            && had_ip
-            && spec.get(key).is_none_or(no_items)
-            && let Some(value) = old_spec.get(key)
-        {
-            spec.insert(key.to_owned(), value.clone());
-        }
+    let is_external = |kind: &str| kind == "ExternalName";
+    let (now, before) = (is_external(&text_of(spec, "type")), is_external(text(old_spec, "/type")));
+    if !now && !before {
+        families::keep_addresses(spec, old_spec);
     }
     defaults(spec);
     keep_node_ports(spec, old_spec);
-    sync_cluster_ips(spec, Some(old_spec));
     drop_type_dependent(spec, old_spec);
+    if now {
+        // Defaulted for this type once, and of no use to it.
+        spec.remove("internalTrafficPolicy");
+    }
+    if now && !before {
+        families::drop_fields(spec, old_spec);
+    }
+    let spec = &mut new["spec"];
+    families::synchronize(spec, Some(old_spec));
+    // A fault is told by the validation, which does this again.
+    drop(families::init(spec, Some(old_spec), &context.services.families()));
 }
 
 fn text_of(spec: &Map<String, Value>, key: &str) -> String {
     spec.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
-}
-
-fn no_items(value: &Value) -> bool {
-    value.is_null() || value.as_array().is_some_and(Vec::is_empty)
 }
 
 fn defaults(spec: &mut Map<String, Value>) {
@@ -108,6 +103,9 @@ fn defaults(spec: &mut Map<String, Value>) {
         default(spec, "allocateLoadBalancerNodePorts", || json!(true));
     }
     if kind == "ExternalName" {
+        if text_of(spec, "clusterIP").is_empty() {
+            spec.remove("clusterIP");
+        }
         return;
     }
     default(spec, "internalTrafficPolicy", || json!("Cluster"));
@@ -120,35 +118,6 @@ fn defaults(spec: &mut Map<String, Value>) {
                 port.insert("targetPort".to_owned(), number);
             }
         }
-    }
-}
-
-/// `clusterIP` and `clusterIPs` say the same; families follow. Addresses themselves come from the allocator.
-fn sync_cluster_ips(spec: &mut Map<String, Value>, old: Option<&Value>) {
-    if text_of(spec, "type") == "ExternalName" {
-        for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"] {
-            spec.remove(key);
-        }
-        return;
-    }
-    let ip = text_of(spec, "clusterIP");
-    let ips = spec.get("clusterIPs").filter(|v| !no_items(v)).cloned();
-    let before = old.map(|old| text(old, "/clusterIP").to_owned()).unwrap_or_default();
-    if !ip.is_empty() && (ips.is_none() || (!before.is_empty() && ip != before)) {
-        // Only the old field was set or changed: it carries the intent.
-        if ips.as_ref().is_none_or(|ips| Some(before.as_str()) == ips[0].as_str()) {
-            spec.insert("clusterIPs".to_owned(), json!([ip]));
-        }
-    } else if ip.is_empty()
-        && let Some(first) = ips.as_ref().and_then(|ips| ips[0].as_str())
-        && before.is_empty()
-    {
-        spec.insert("clusterIP".to_owned(), json!(first));
-    }
-    default(spec, "ipFamilyPolicy", || json!("SingleStack"));
-    if spec.get("ipFamilies").is_none_or(no_items) {
-        let v6 = text_of(spec, "clusterIP").contains(':');
-        spec.insert("ipFamilies".to_owned(), json!([if v6 { "IPv6" } else { "IPv4" }]));
     }
 }
 
@@ -211,25 +180,20 @@ fn drop_type_dependent(spec: &mut Map<String, Value>, old: &Value) {
 mod tests {
     use super::*;
 
-    fn prepared(mut service: Value) -> Value {
-        let spec = object_mut(&mut service, "spec");
-        defaults(spec);
-        sync_cluster_ips(spec, None);
+    fn defaulted(mut service: Value) -> Value {
+        defaults(object_mut(&mut service, "spec"));
         service["spec"].take()
     }
 
     #[test]
     fn defaults_follow_from_the_type() {
         let spec =
-            prepared(json!({"spec": {"type": "NodePort", "ports": [{"port": 80}], "sessionAffinity": "ClientIP"}}));
+            defaulted(json!({"spec": {"type": "NodePort", "ports": [{"port": 80}], "sessionAffinity": "ClientIP"}}));
         assert_eq!(spec["ports"][0], json!({"port": 80, "protocol": "TCP", "targetPort": 80}));
         assert_eq!(spec["externalTrafficPolicy"], "Cluster");
         assert_eq!(spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"], 10800);
-        assert_eq!(spec["ipFamilies"], json!(["IPv4"]));
-        let spec = prepared(json!({"spec": {"type": "ExternalName", "externalName": "a.b", "clusterIP": ""}}));
-        assert_eq!(spec.get("ipFamilies"), None);
-        let spec = prepared(json!({"spec": {"clusterIP": "None"}}));
-        assert_eq!(spec["clusterIPs"], json!(["None"]));
+        let spec = defaulted(json!({"spec": {"type": "ExternalName", "externalName": "a.b", "clusterIP": ""}}));
+        assert_eq!(spec.get("internalTrafficPolicy"), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::{has_cluster_ip, is_headless};
+use super::{families, is_headless};
 use crate::apiserver::field::{ErrorList, FieldError};
 use crate::apiserver::names;
 use crate::strategy::Context;
@@ -15,27 +15,22 @@ use crate::strategy::value::{int, list, text};
 const TYPES: [&str; 4] = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
 const PORT_RANGE: &str = "must be between 1 and 65535, inclusive";
 
-pub(super) fn create(_: &Context<'_>, new: &Value) -> ErrorList {
-    service(new)
+pub(super) fn create(context: &Context<'_>, new: &Value) -> ErrorList {
+    match families::init(&mut new["spec"].clone(), None, &context.services.families()) {
+        Ok(()) => service(new),
+        Err(errors) => errors,
+    }
 }
 
 pub(super) fn update(context: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-    let mut errors = ErrorList::new();
     if context.subresource == "status" {
-        return errors;
+        return ErrorList::new();
     }
     let (was, is) = (&old["spec"], &new["spec"]);
-    let stays = has_cluster_ip(was) && has_cluster_ip(is);
-    if stays && !text(was, "/clusterIP").is_empty() {
-        let (before, after) = (text(was, "/clusterIP"), text(is, "/clusterIP"));
-        if before != after {
-            errors.push(FieldError::invalid(
-                "spec.clusterIPs[0]",
-                list(is, "/clusterIPs").first().cloned().unwrap_or_default(),
-                "may not change once set",
-            ));
-        }
+    if let Err(errors) = families::init(&mut is.clone(), Some(was), &context.services.families()) {
+        return errors;
     }
+    let mut errors = families::transition(is, was);
     errors.extend(service(new));
     errors
 }
@@ -64,6 +59,14 @@ fn service(object: &Value) -> ErrorList {
             ));
         }
         "ExternalName" => {
+            for key in ["clusterIPs", "ipFamilies"] {
+                if !list(spec, &format!("/{key}")).is_empty() {
+                    errors.push(not_for_external_name(key));
+                }
+            }
+            if !text(spec, "/ipFamilyPolicy").is_empty() {
+                errors.push(not_for_external_name("ipFamilyPolicy"));
+            }
             let name = text(spec, "/externalName").trim_end_matches('.');
             if name.is_empty() {
                 errors.push(FieldError::required("spec.externalName", ""));
@@ -98,7 +101,7 @@ fn service(object: &Value) -> ErrorList {
         }
         other => errors.push(FieldError::not_supported("spec.sessionAffinity", other, &["ClientIP", "None"])),
     }
-    errors.extend(cluster_ips(spec));
+    errors.extend(families::related(spec));
     for (i, ip) in list(spec, "/externalIPs").iter().filter_map(Value::as_str).enumerate() {
         if ip.parse::<IpAddr>().is_err() {
             let field = format!("spec.externalIPs[{i}]");
@@ -181,40 +184,8 @@ fn all_ports(ports: &[Value], kind: &str, headless: bool) -> ErrorList {
     errors
 }
 
-fn cluster_ips(spec: &Value) -> ErrorList {
-    let mut errors = ErrorList::new();
-    let (ip, ips) = (text(spec, "/clusterIP"), list(spec, "/clusterIPs"));
-    if !has_cluster_ip(spec) {
-        if !ips.is_empty() {
-            errors.push(FieldError::forbidden("spec.clusterIPs", "may not be set for ExternalName services"));
-        }
-        return errors;
-    }
-    if !ip.is_empty() && ips.is_empty() {
-        errors.push(FieldError::required("spec.clusterIPs", ""));
-    }
-    if ips.first().is_some_and(|first| first.as_str() != Some(ip)) {
-        errors.push(FieldError::invalid(
-            "spec.clusterIPs",
-            Value::Array(ips.to_vec()),
-            "first value must match `clusterIP`",
-        ));
-    }
-    for (i, ip) in ips.iter().filter_map(Value::as_str).enumerate() {
-        let field = format!("spec.clusterIPs[{i}]");
-        if ip == "None" {
-            if i > 0 || ips.len() > 1 {
-                errors.push(FieldError::invalid(field, ip, "'None' must be the first and only value"));
-            }
-        } else if ip.parse::<IpAddr>().is_err() {
-            errors.push(FieldError::invalid(
-                field,
-                ip,
-                "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
-            ));
-        }
-    }
-    errors
+fn not_for_external_name(key: &str) -> FieldError {
+    FieldError::forbidden(format!("spec.{key}"), "may not be set for ExternalName services")
 }
 
 fn traffic_policies(spec: &Value, kind: &str) -> ErrorList {
