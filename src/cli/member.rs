@@ -50,10 +50,12 @@ pub fn run(args: MemberArgs) -> anyhow::Result<ExitCode> {
         MemberCommand::Remove { member } => {
             let path = format!("{PREFIX}members/{member}");
             let left: Vec<MemberView> = client.call(Method::DELETE, &path, &())?;
+            let servers = if left.len() == 1 { "server is" } else { "servers are" };
             say(format_args!(
-                "removed {member}; {} servers are left. If its node is gone too: kubectl delete node {member}",
+                "removed {member}; {} {servers} left. If its node is gone too: kubectl delete node {member}",
                 left.len()
             ));
+            say("It still holds the cluster's keys: run `coracle uninstall` there, or destroy its disk.");
         }
     }
     Ok(ExitCode::SUCCESS)

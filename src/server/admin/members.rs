@@ -46,7 +46,7 @@ pub fn list(cluster: &Cluster) -> Vec<MemberView> {
 /// Removes the server of this name or id; returns those that are left.
 ///
 /// # Errors
-/// 404 when there is none, 409 when the cluster would lose its majority, 503 without a leader.
+/// 404 when there is none, 409 when it is this one or the cluster would lose its majority, 503 without a leader.
 pub async fn remove(cluster: &Cluster, who: &str) -> Result<Vec<MemberView>, Status> {
     let members = cluster.node.members();
     let by_id = from_text(who);
@@ -58,6 +58,11 @@ pub async fn remove(cluster: &Cluster, who: &str) -> Result<Vec<MemberView>, Sta
     })?;
     if found.next().is_some() {
         return Err(Status::bad_request(format!("several servers are named {who:?}; give the id")));
+    }
+    if member.id == cluster.node.id() && members.len() > 1 {
+        let why =
+            format!("this is {} itself, which would not hear how it ended: remove it on another server", member.name);
+        return Err(Status::new(StatusCode::CONFLICT, "Conflict", why));
     }
     cluster.remove(member.id).await?;
     Ok(list(cluster))

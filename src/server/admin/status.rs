@@ -195,10 +195,13 @@ fn of_members(members: &[MemberHealth], role: &str) -> Vec<Problem> {
     let alive = members.iter().filter(|m| !m.member.learner && !m.health.starts_with("unreachable")).count();
     let restart_others = "start the other servers, or see that they reach each other on port 6443";
     match role {
-        "removed from the cluster" => problems.push(problem(
-            "this server was removed from the cluster",
-            "stop it for good (`coracle uninstall`), or after that start it with --server and --token to join anew",
-        )),
+        // What it knows of the others is of the past.
+        "removed from the cluster" => {
+            return vec![problem(
+                "this server was removed from the cluster",
+                "stop it for good (`coracle uninstall`), or after that start it with --server and --token to join anew",
+            )];
+        }
         "waiting to be let in" => problems.push(problem("this server is in no cluster yet", restart_others)),
         _ if !members.iter().any(|m| m.member.leader) => problems.push(problem(
             format!("the cluster has no leader: {alive} of {voters} servers are reached, {} are needed", voters / 2 + 1),
