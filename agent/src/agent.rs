@@ -79,8 +79,7 @@ pub async fn run(mut config: AgentConfig, access: Access, shutdown: Cancellation
     // From here on every name derives from the directory that now exists.
     let instance = crate::instance::Instance::of(&config.data_dir);
     if config.node_ips.is_empty() {
-        let ours = [config.cluster_cidr.as_slice(), config.service_cidr.as_slice()].concat();
-        config.node_ips = addresses::default_addresses(&ours);
+        config.node_ips = addresses::default_addresses(&config.cluster_cidr, &config.service_cidr);
     }
     let tasks = TaskTracker::new();
 

@@ -170,7 +170,11 @@ impl Listener {
     async fn accept(&self) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
         let permit = self.shared.connections.clone().acquire_owned().await.ok()?;
         match self.socket.accept().await {
-            Ok((stream, address)) => Some((stream, address, permit)),
+            Ok((stream, mut address)) => {
+                // On a socket of both families an IPv4 peer has a mapped address.
+                address.set_ip(address.ip().to_canonical());
+                Some((stream, address, permit))
+            }
             Err(error) => {
                 tracing::warn!(%error, "accepting a connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;

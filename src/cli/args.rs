@@ -107,9 +107,9 @@ pub struct ServerArgs {
         help_heading = "Snapshots"
     )]
     pub snapshot_dir: Option<PathBuf>,
-    /// Address to listen on
-    #[arg(long, env = "CORACLE_BIND_ADDRESS", default_value = "0.0.0.0", value_name = "IP", help_heading = "Listener")]
-    pub bind_address: IpAddr,
+    /// Address to listen on (default: all, of both families)
+    #[arg(long, env = "CORACLE_BIND_ADDRESS", value_name = "IP", help_heading = "Listener")]
+    pub bind_address: Option<IpAddr>,
     /// Port of the API
     #[arg(
         long,

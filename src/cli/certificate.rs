@@ -10,10 +10,10 @@ use http::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::agent_status::is_agent;
 use super::client::{Client, Instance, age, print_table};
 use crate::server::admin::PREFIX;
 use crate::server::admin::certificates::CertificateView;
-use crate::server::admin_kubeconfig;
 use crate::server::lock::DataDirLock;
 
 /// The certificate and key of an agent, in its data folder.
@@ -47,7 +47,12 @@ pub fn run(args: CertificateArgs) -> anyhow::Result<ExitCode> {
     let data_dir = &args.instance.data_dir;
     let path = format!("{PREFIX}certificates");
     let mut all: Vec<CertificateView> = match args.command {
-        CertificateCommand::Check if is_agent(data_dir) => Vec::new(),
+        CertificateCommand::Check if is_agent(data_dir) => {
+            if of_agent(data_dir).is_none() {
+                bail!("this machine has no certificate: start the agent with --server and --token");
+            }
+            Vec::new()
+        }
         CertificateCommand::Rotate if is_agent(data_dir) => {
             rotate_agent(data_dir)?;
             Vec::new()
@@ -61,11 +66,6 @@ pub fn run(args: CertificateArgs) -> anyhow::Result<ExitCode> {
     print(&all);
     let over = all.iter().any(|certificate| certificate.state == "expired");
     Ok(if over { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-/// Whether the folder is that of an agent that joined, without a server.
-pub fn is_agent(data_dir: &Path) -> bool {
-    !admin_kubeconfig(data_dir).exists() && data_dir.join(AGENT_CERTIFICATE).exists()
 }
 
 /// Asks the running agent for another certificate and waits for it.

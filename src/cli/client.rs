@@ -67,7 +67,7 @@ impl Client {
     pub fn open(instance: &Instance) -> anyhow::Result<Client> {
         let data_dir = instance.data_dir.clone();
         let path = admin_kubeconfig(&data_dir);
-        if super::certificate::is_agent(&data_dir) {
+        if super::agent_status::is_agent(&data_dir) {
             bail!("{} is the folder of an agent: run this on a server of its cluster", data_dir.display());
         }
         let text = std::fs::read_to_string(&path).map_err(|error| {

@@ -96,7 +96,7 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     let disabled = |name: &str| args.disable.iter().any(|d| d == name);
     Ok(Settings {
         data_dir: args.data_dir,
-        bind_address: args.bind_address,
+        bind_address: args.bind_address.unwrap_or_else(everywhere),
         port: args.https_listen_port,
         advertise_address: args.advertise_address,
         tls_san: args.tls_san,
@@ -122,6 +122,15 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
         cluster_reset: args.cluster_reset,
         restore_path: args.cluster_reset_restore_path,
     })
+}
+
+/// All addresses: a socket of IPv6 takes connections over IPv4 too, unless the kernel has no IPv6.
+fn everywhere() -> IpAddr {
+    let six = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
+    match std::net::UdpSocket::bind((six, 0)) {
+        Ok(_) => six,
+        Err(_) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+    }
 }
 
 /// `--token`, or what `--token-file` holds; whether it is one shows when it is needed.

@@ -6,7 +6,6 @@
 //! | --- | --- |
 //! | [`settings`] | what the command line decided |
 //! | [`lock`] | one server per data folder |
-//! | [`address`] | the address of this machine |
 //! | [`open`] | from a folder to a member: found, join, or go on |
 //! | [`anteroom`] | the open port of a server that has no keys yet |
 //! | [`keys`] | the cluster's keys, and the files that copy them |
@@ -35,7 +34,6 @@
 //! | live servers | the endpoints of `default/kubernetes` | with leadership, once the API is open | with leadership |
 //! | snapshots | scheduled snapshots | with the listener | with `shutdown` |
 
-pub mod address;
 pub mod admin;
 pub mod anteroom;
 pub mod bootstrap;

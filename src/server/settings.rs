@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use coracle_agent::kubelet::addresses::default_addresses;
 use coracle_agent::net::Backend;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
@@ -90,7 +91,14 @@ impl Settings {
 
     /// Addresses of this node: the given ones or what is found now.
     pub fn node_ips(&self) -> Vec<IpAddr> {
-        if self.node_ips.is_empty() { vec![super::address::detect()] } else { self.node_ips.clone() }
+        if !self.node_ips.is_empty() {
+            return self.node_ips.clone();
+        }
+        let mut found = default_addresses(&self.cluster_cidr, &self.service_cidr);
+        if found.is_empty() {
+            found.push(IpAddr::from([127, 0, 0, 1]));
+        }
+        found
     }
 
     /// The URL that clients on this machine use: loopback unless the server listens on one address only.

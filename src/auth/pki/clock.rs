@@ -66,4 +66,35 @@ mod tests {
         assert!(problem(SystemTime::UNIX_EPOCH, earliest(None)).is_some());
         assert!(problem(now, earliest(Some(now + Duration::from_secs(60)))).unwrap().contains("clock is wrong"));
     }
+
+    #[tokio::test]
+    async fn the_reason_is_told_until_the_clock_is_right() {
+        let (state, mut told) = watch::channel(None);
+        let soon = SystemTime::now() + Duration::from_millis(300);
+        let wait = tokio::spawn(async move { wait_until_plausible(soon, &state).await });
+        let reason = told.wait_for(Option::is_some).await.unwrap().clone().unwrap();
+        assert!(reason.starts_with("the system clock is wrong: it says "), "{reason}");
+        // Either the reason is taken back, or the wait is over and with it the sender.
+        let _ = told.wait_for(Option::is_none).await;
+        wait.await.unwrap();
+        assert!(SystemTime::now() >= soon);
+        assert_eq!(*told.borrow(), None);
+    }
+
+    #[test]
+    fn what_an_instance_wrote_says_when_it_ran_last_but_never_in_the_far_future() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(last_run(dir.path(), latest()), SystemTime::UNIX_EPOCH);
+        std::fs::create_dir_all(dir.path().join("server/db/wal")).unwrap();
+        let written = |name: &str, at: SystemTime| {
+            let file = std::fs::File::create(dir.path().join(name)).unwrap();
+            file.set_modified(at).unwrap();
+        };
+        // Folders are made now; what lies in them may be younger.
+        let later = SystemTime::now() + Duration::from_secs(86_400);
+        written("server/db/wal/1", later);
+        assert_eq!(last_run(dir.path(), latest()), later);
+        written("server/token", latest() + Duration::from_secs(1));
+        assert_eq!(last_run(dir.path(), latest()), latest());
+    }
 }

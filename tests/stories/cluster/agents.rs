@@ -20,7 +20,7 @@ fn with_agents() -> (Cluster, [usize; 2]) {
     (cluster, agents)
 }
 
-fn node_is(cluster: &mut Cluster, server: usize, agent: usize, ready: &str) {
+pub fn node_is(cluster: &mut Cluster, server: usize, agent: usize, ready: &str) {
     let name = cluster.hosts[agent].name.clone();
     let path = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
     assert_eventually!(120, format!("{name} is Ready={ready}"), {

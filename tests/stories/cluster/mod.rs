@@ -8,7 +8,7 @@
 //! - `hosts`: machines on it, and what runs there
 //! - `disks`: disks that stall, fail and lose power
 //! - `client`, `load`, `history`: clients, what they were told, and whether that can be
-//! - `form`, `kill`, `partition`, `disk`, `address`, `agents`, `watch`: the stories
+//! - `form`, `kill`, `partition`, `disk`, `address`, `agents`, `watch`, `families`: the stories
 
 mod client;
 mod disks;
@@ -20,6 +20,7 @@ mod switch;
 mod address;
 mod agents;
 mod disk;
+mod families;
 mod form;
 mod kill;
 mod partition;
