@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn the_table_is_understood_whole() {
         let objects = objects().unwrap();
-        assert_eq!(objects.len(), 133);
+        assert_eq!(objects.len(), 134);
         let admin = find(&objects, "clusterrolebindings", "cluster-admin");
         assert_eq!(admin["subjects"][0]["name"], "system:masters");
         let view = find(&objects, "clusterroles", "view");
@@ -315,6 +315,10 @@ mod tests {
             is_resource: true,
             ..Attributes::default()
         };
+        let renewal = Attributes {
+            subresource: "selfnodeclient",
+            ..on("create", "certificates.k8s.io", "certificatesigningrequests", "")
+        };
         let path = |path| Attributes { verb: "get", path, ..Attributes::default() };
         let account = Identity::controller("stranger");
         for (caller, request, allowed) in [
@@ -328,6 +332,8 @@ mod tests {
             (&Identity::node("n1"), on("watch", "discovery.k8s.io", "endpointslices", ""), true),
             (&Identity::node("n1"), on("list", "", "secrets", ""), false),
             (&Identity::node("n1"), on("create", "", "secrets", "a"), false),
+            (&Identity::node("n1"), renewal, true),
+            (&named("jane"), renewal, false),
             (&named("jane"), on("list", "", "pods", "a"), true),
             (&named("jane"), on("get", "", "secrets", "a"), false),
             (&named("jane"), on("list", "", "pods", "b"), false),

@@ -62,6 +62,23 @@ fn any_server_reaches_pods_on_any_node_and_services_span_them() {
 }
 
 #[test]
+fn an_agent_gets_another_certificate_without_a_restart() {
+    let mut cluster = Cluster::of(1, 0, &["--disable-agent"]);
+    let agent = cluster.add(Role::Agent, &[]);
+    cluster.start(agent);
+    node_is(&mut cluster, 0, agent, "True");
+    let kept = cluster.hosts[agent].data_dir().join("agent/client.pem");
+    let before = std::fs::read(&kept).unwrap();
+    cluster.hosts[agent].coracle(&["certificate", "rotate"]).unwrap();
+    assert_ne!(std::fs::read(&kept).unwrap(), before);
+    cluster.hosts[agent].assert_alive();
+    let status = assert_eventually!(60, "nothing is wrong", cluster.hosts[agent].coracle(&["status"]));
+    assert!(status.contains("running with pid"), "{status}");
+    let refused = cluster.hosts[agent].coracle(&["member", "list"]).unwrap_err();
+    assert!(refused.contains("run this on a server of its cluster"), "{refused}");
+}
+
+#[test]
 fn agents_go_on_with_the_servers_that_are_left() {
     let (mut cluster, agents) = with_agents();
     // The one they joined by.
