@@ -336,3 +336,30 @@ impl RaftLogStorage<TypeConfig> for Log {
         durable(|done| self.shared.wal.purge(from_raft_id(upto), done)).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt;
+
+    use super::*;
+    use crate::wal::{LogId, WalOptions};
+
+    #[tokio::test]
+    async fn a_committed_entry_that_is_missing_is_an_error_and_others_just_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let wal = Wal::open(dir.path(), WalOptions::new(1 << 20)).unwrap();
+        let mut log = Log::new(wal, Arc::default(), None);
+        let blank = |index| Entry { log_id: to_raft_id(LogId { term: 1, index }), payload: EntryPayload::Blank };
+        log.append((0..10).map(blank), IOFlushed::noop()).await.unwrap();
+        let read = async |log: &mut Log| log.entries_stream(5..13).await.collect::<Vec<_>>().await;
+        let found = read(&mut log).await;
+        assert!(found.len() == 5 && found.iter().all(Result::is_ok), "{found:?}");
+        log.save_committed(Some(to_raft_id(LogId { term: 1, index: 12 }))).await.unwrap();
+        let found = read(&mut log).await;
+        let error = found.last().unwrap().as_ref().unwrap_err().to_string();
+        assert!(found.len() == 6 && error.contains("log entry 10 is to be applied"), "{found:?}");
+        log.purge(to_raft_id(LogId { term: 1, index: 7 })).await.unwrap();
+        let found = read(&mut log).await;
+        assert!(found.len() == 1 && found[0].is_err(), "{found:?}");
+    }
+}
