@@ -23,6 +23,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use crate::files::sync_dir;
 
 use super::record::{LogId, Vote, read_u32, read_u64};
@@ -37,8 +39,11 @@ const VERSION: u32 = 1;
 const SPARE: &str = "spare";
 const SPARE_UNFINISHED: &str = "spare.tmp";
 const UNFINISHED: &str = "segment.tmp";
-/// Zeros are written in pieces of this size, each synced, so that a commit of the log never waits for more.
+/// Zeros are synced in pieces of this size, so that a commit of the log never waits for more.
 const FILL_STEP: usize = 1 << 20;
+/// One page. What is written at once becomes one folio of the page cache, and the kernel counts a folio of which a record
+/// dirties a few bytes as written whole (`write_bytes` of /proc/PID/io, the limit on dirty memory).
+const PAGE: u64 = 4096;
 
 /// The state of the log at the start of a segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,7 +86,7 @@ impl Segment {
             Ok(()) => OpenOptions::new().read(true).write(true).open(&unfinished)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&unfinished)?;
-                file.write_all_at(&vec![0; prefill], 0)?;
+                write_zeros(&file, 0, prefill as u64)?;
                 file
             }
             Err(e) => return Err(e),
@@ -98,6 +103,10 @@ impl Segment {
     pub fn open(dir: &Path, sequence: u64) -> Result<Segment, HeaderError> {
         let path = path_of(dir, sequence);
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(HeaderError::Read)?;
+        // Reading ahead would make large folios.
+        if let Err(errno) = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM) {
+            tracing::debug!(%errno, "no advice on reading the log");
+        }
         let mut raw = [0; BODY as usize];
         match file.read_exact_at(&mut raw, 0) {
             Ok(()) => {}
@@ -173,20 +182,30 @@ pub(crate) fn spare_exists(dir: &Path) -> bool {
 pub(crate) fn fill_spare(dir: &Path, size: u64, stop: &dyn Fn() -> bool) -> io::Result<()> {
     let unfinished = dir.join(SPARE_UNFINISHED);
     let file = OpenOptions::new().write(true).create(true).truncate(true).open(&unfinished)?;
-    let zeros = vec![0; FILL_STEP];
     let mut at = 0;
     while at < size {
         if stop() {
             return fs::remove_file(&unfinished);
         }
         let step = (size - at).min(FILL_STEP as u64);
-        file.write_all_at(&zeros[..step as usize], at)?;
+        write_zeros(&file, at, at + step)?;
         file.sync_data()?;
         at += step;
     }
     file.sync_all()?;
     fs::rename(&unfinished, dir.join(SPARE))?;
     sync_dir(dir)
+}
+
+/// Zeros from `at` to `end`, in small folios.
+pub(crate) fn write_zeros(file: &File, mut at: u64, end: u64) -> io::Result<()> {
+    const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+    while at < end {
+        let step = (PAGE - at % PAGE).min(end - at);
+        file.write_all_at(&ZEROS[..step as usize], at)?;
+        at += step;
+    }
+    Ok(())
 }
 
 /// Sequence numbers of the segments in `dir`, ascending. Leftovers of an interrupted creation are removed.

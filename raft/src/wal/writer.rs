@@ -229,9 +229,8 @@ impl LogThread {
             return Ok(());
         }
         let end = end.next_multiple_of(FILL);
-        let zeros = vec![0; usize::try_from(end - self.filled).map_err(io::Error::other)?];
         let file = &self.active.segment.file;
-        file.write_all_at(&zeros, self.filled)?;
+        segment::write_zeros(file, self.filled, end)?;
         (self.sync)(file)?;
         self.filled = end;
         Ok(())
