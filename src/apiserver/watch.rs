@@ -28,15 +28,17 @@ const LAST_BOOKMARK: Duration = Duration::from_secs(2);
 const TIMEOUT_MIN: u64 = 1800;
 /// Lines gathered into one frame, in bytes.
 const FRAME: usize = 64 * 1024;
-/// So many watchers of one range add a millisecond to the rest between two frames of each, up to the longest rest. What comes
-/// meanwhile goes out together: to deliver each change of a busy collection to a thousand clients by itself would leave no
-/// processor for those who write. The first change after a rest is never held up.
+/// So many watchers of one range are a crowd. Each rests between two frames, for so long that all of them together get so many
+/// frames a second, up to the longest rest. What comes meanwhile goes out together: to deliver each change of a busy
+/// collection to a thousand clients by itself would leave no processor for those who write. The first change after a rest is
+/// never held up.
 const CROWD: usize = 50;
-const REST_MAX: Duration = Duration::from_millis(25);
+const FRAMES_A_SECOND: f64 = 10_000.0;
+const REST_MAX: Duration = Duration::from_millis(100);
 
 /// How long a watcher rests after a frame.
 fn rest(crowd: usize) -> Duration {
-    Duration::from_millis((crowd / CROWD) as u64).min(REST_MAX)
+    if crowd < CROWD { Duration::ZERO } else { Duration::from_secs_f64(crowd as f64 / FRAMES_A_SECOND).min(REST_MAX) }
 }
 
 /// What all watchers of an event share.
@@ -420,7 +422,7 @@ mod tests {
 
     #[test]
     fn only_a_crowd_rests() {
-        for (crowd, milliseconds) in [(1, 0), (49, 0), (50, 1), (1000, 20), (100_000, 25)] {
+        for (crowd, milliseconds) in [(1, 0), (49, 0), (50, 5), (1000, 100), (100_000, 100)] {
             assert_eq!(rest(crowd), Duration::from_millis(milliseconds), "{crowd}");
         }
     }
