@@ -74,6 +74,9 @@ async fn run_until(settings: Settings, shutdown: CancellationToken) -> anyhow::R
         agent_dir: config.agent_dir(),
         resolv_conf: settings.resolv_conf.clone(),
     };
+    // First of all: who doesn't listen to the signal is ended by it.
+    let (tasks, rotate) = (TaskTracker::new(), Arc::new(Notify::new()));
+    tasks.spawn(rotate_when_asked(rotate.clone(), shutdown.clone())?);
     let membership = match Membership::open(wish, &shutdown).await {
         Ok(membership) => membership,
         Err(coracle_agent::join::MembershipError::Stopped) => return Ok(()),
@@ -94,13 +97,10 @@ async fn run_until(settings: Settings, shutdown: CancellationToken) -> anyhow::R
     config.shim = crate::programs::SHIM;
     config.hello = crate::programs::HELLO;
 
-    let tasks = TaskTracker::new();
     let servers = membership.servers.clone();
     let pool = Pool::new(servers.clone());
     let client = pool.client();
     tasks.spawn(pool.run(shutdown.clone()));
-    let rotate = Arc::new(Notify::new());
-    tasks.spawn(rotate_when_asked(rotate.clone(), shutdown.clone())?);
     tasks.spawn(membership.keep(client.clone(), rotate, shutdown.clone()));
     let access = Access { client, link: None, servers: Some(servers) };
     let outcome = coracle_agent::run(config, access, shutdown.clone()).await.context("run the node");

@@ -58,18 +58,20 @@ impl Snapshots {
     /// A file was completed: it becomes the current one and takes the place of older ones. A build that began before a
     /// newer snapshot came from the leader may end after it; its file goes.
     fn advance(&self, file: SnapshotFile) {
-        let mut current = self.current.lock();
-        let newest = match current.take() {
-            Some(newer) if newer.applied.last > file.applied.last => newer,
-            _ => {
+        let newest = {
+            let mut current = self.current.lock();
+            if current.as_ref().is_none_or(|known| known.applied.last <= file.applied.last) {
                 self.growth.set_limit(self.distance.max(file.live_bytes));
-                file
+                *current = Some(file);
             }
+            current.as_ref().map(|newest| newest.path.clone())
         };
-        if let Err(error) = snapshot::remove_before(&self.dir, &newest.path) {
+        // Without the lock: the disk may take its time, and nothing as new as the current one goes.
+        if let Some(newest) = newest
+            && let Err(error) = snapshot::remove_before(&self.dir, &newest)
+        {
             tracing::warn!(%error, "removing old snapshots failed");
         }
-        *current = Some(newest);
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::bail;
 use coracle_agent::net::Backend;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Taint;
+use nix::sys::socket::{getsockopt, sockopt};
 
 use super::args::ServerArgs;
 use crate::apiserver::names;
@@ -124,12 +125,14 @@ pub fn check(args: ServerArgs) -> anyhow::Result<Settings> {
     })
 }
 
-/// All addresses: a socket of IPv6 takes connections over IPv4 too, unless the kernel has no IPv6.
+/// All addresses: a socket of IPv6 takes connections over IPv4 too, unless the kernel has no IPv6 or keeps them apart
+/// (`net.ipv6.bindv6only`).
 fn everywhere() -> IpAddr {
     let six = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
-    match std::net::UdpSocket::bind((six, 0)) {
-        Ok(_) => six,
-        Err(_) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+    let socket = std::net::UdpSocket::bind((six, 0));
+    match socket.map(|socket| getsockopt(&socket, sockopt::Ipv6V6Only)) {
+        Ok(Ok(false)) => six,
+        _ => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
     }
 }
 
