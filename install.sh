@@ -327,6 +327,19 @@ api() { # method path [file]: with the administrator's credential, no kubectl ne
 	curl -f "$@"
 }
 
+# What stands in the way: conditions of nodes and pods that are not as they should be, and why containers wait.
+say_why() {
+	for path in /api/v1/nodes /api/v1/namespaces/default/pods; do
+		api GET "$path" 2>/dev/null | tr '{}' '[\n*]' | awk '
+			function field(name) { return match($0, "\"" name "\": *\"([^\"\\\\]|\\\\.)*\"") ? substr($0, RSTART, RLENGTH) : "" }
+			field("message") == "" { next }
+			field("type") ~ /Pressure/ ? field("status") ~ /True/ : field("status") ~ /False/ || field("reason") ~ /Err|BackOff/ {
+				text = field("message"); sub(/^"message": *"/, "  ", text); sub(/"$/, "", text); gsub(/\\"/, "\"", text)
+				if (!said[text]++) print text
+			}'
+	done >&2
+}
+
 wait_for() { # what test-function
 	printf 'waiting for %s ' "$1"
 	begin=$(date +%s)
@@ -337,6 +350,7 @@ wait_for() { # what test-function
 		fi
 		if [ $(($(date +%s) - begin)) -ge $PATIENCE ]; then
 			say
+			say_why
 			fail_with_log "gave up waiting for $1 after $PATIENCE s"
 		fi
 		printf '.'

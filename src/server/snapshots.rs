@@ -48,10 +48,18 @@ pub async fn save(cluster: &Cluster, dir: &Path, prefix: &str) -> anyhow::Result
         bail!("the name {prefix:?} cannot be part of a file name: use letters, digits, '-', '_' and '.'");
     }
     make_dir(dir)?;
-    let now = Timestamp::now();
-    let path = dir.join(format!("{prefix}-{}-{}{SUFFIX}", cluster.name, now.as_second()));
+    // One after the other: a name that is free stays free until its file is there.
+    static WRITING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    let _writing = WRITING.lock().await;
+    let path = free(dir, &format!("{prefix}-{}", cluster.name), Timestamp::now().as_second());
     cluster.node.save_snapshot(&path).await.with_context(|| format!("write {}", path.display()))?;
     describe(&path).with_context(|| format!("{} is not there after it was written", path.display()))
+}
+
+/// The first path from a second on that no snapshot has.
+fn free(dir: &Path, start: &str, second: i64) -> PathBuf {
+    let at = |second: i64| dir.join(format!("{start}-{second}{SUFFIX}"));
+    (second..).map(at).find(|path| !path.exists()).unwrap_or_else(|| at(second))
 }
 
 fn make_dir(dir: &Path) -> anyhow::Result<()> {
@@ -135,6 +143,15 @@ async fn scheduled(cluster: &Cluster, settings: &Snapshots) -> anyhow::Result<Sn
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_of_one_second_have_names_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = free(dir.path(), "x-n1", 5);
+        std::fs::write(&first, "").unwrap();
+        let second = free(dir.path(), "x-n1", 5);
+        assert_eq!([first, second], ["x-n1-5", "x-n1-6"].map(|name| dir.path().join(format!("{name}{SUFFIX}"))));
+    }
 
     #[test]
     fn the_newest_are_kept_and_other_files_stay() {

@@ -215,7 +215,13 @@ impl Server {
 
     /// kubectl's standard output; it must succeed.
     pub fn kubectl(&self, args: &[&str]) -> String {
-        self.kubectl_try(args).unwrap_or_else(|e| panic!("kubectl {args:?}: {e}"))
+        self.kubectl_try(args).unwrap_or_else(|e| {
+            let events = match args.first() {
+                Some(&("rollout" | "wait")) => self.kubectl_try(&["get", "events", "-A", "--sort-by=.lastTimestamp"]),
+                _ => Ok(String::new()),
+            };
+            panic!("kubectl {args:?}: {e}\n{}", events.unwrap_or_else(|e| e))
+        })
     }
 
     /// Applies a manifest.

@@ -125,7 +125,8 @@ fn huge_pages() -> Vec<(String, i64)> {
 pub struct Pressure {
     /// Less than 100 MiB of memory are available.
     pub memory: bool,
-    /// Less than 5 % of the disk with the data directory are free.
+    /// Of the disk with the data directory less than 5 % and less than 2 GiB are available, or less than 5 % of its
+    /// inodes. The percentage alone would close a big disk that has room for months.
     pub disk: bool,
     /// More than 9 of 10 process ids are taken.
     pub pid: bool,
@@ -145,10 +146,19 @@ impl Pressure {
         let taken: Option<u64> = taken.split_whitespace().nth(3).and_then(|pair| pair.split_once('/')?.1.parse().ok());
         Self {
             memory: available.is_some_and(|kib| kib < 100 * 1024),
-            disk: disk.is_ok_and(|disk| disk.blocks_available() * 20 < disk.blocks()),
+            disk: disk.is_ok_and(|disk| {
+                let available = disk.blocks_available().saturating_mul(disk.fragment_size());
+                is_short_of_disk(available, disk.blocks().saturating_mul(disk.fragment_size()))
+                    || disk.files_available().saturating_mul(20) < disk.files()
+            }),
             pid: most.zip(taken).is_some_and(|(most, taken)| taken * 10 > most * 9),
         }
     }
+}
+
+/// See [`Pressure::disk`]; bytes.
+fn is_short_of_disk(available: u64, size: u64) -> bool {
+    available < (size / 20).min(2 << 30)
 }
 
 /// Everything a Node object follows from.
@@ -284,6 +294,11 @@ fn condition(input: &Input<'_>, kind: &str, status: &str, reason: &str, message:
     }
 }
 
+/// Whether a condition of the node is "True".
+pub fn holds(status: &NodeStatus, kind: &str) -> bool {
+    status.conditions.iter().flatten().any(|condition| condition.type_ == kind && condition.status == "True")
+}
+
 /// Whether what the API holds already says everything that is wanted, apart from when it was said. Others may have
 /// added to it: extended resources, conditions, volumes.
 pub fn says(held: &NodeStatus, wanted: &NodeStatus) -> bool {
@@ -311,6 +326,15 @@ mod tests {
     use super::*;
     use crate::kubelet::observed::api_time;
     use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn a_disk_is_short_when_both_its_share_and_its_room_are() {
+        const GIB: u64 = 1 << 30;
+        assert!(is_short_of_disk(GIB, 64 * GIB));
+        assert!(!is_short_of_disk(3 * GIB, 256 * GIB), "1 % of a big disk is room enough");
+        assert!(!is_short_of_disk(GIB, 16 * GIB), "and so is 6 % of a small one");
+        assert!(is_short_of_disk(GIB / 2, 16 * GIB));
+    }
 
     #[test]
     fn readiness_follows_the_runtime_and_transitions_keep_their_time() {

@@ -26,6 +26,14 @@ const STATUS_PERIOD: Duration = Duration::from_secs(300);
 const NOT_READY_FIRST: Duration = Duration::from_millis(50);
 const NOT_READY_LIMIT: Duration = Duration::from_secs(2);
 
+/// Conditions whose changes are told as events, with the reasons for "False" and "True".
+const TOLD: [(&str, [&str; 2]); 4] = [
+    ("MemoryPressure", ["NodeHasSufficientMemory", "NodeHasInsufficientMemory"]),
+    ("DiskPressure", ["NodeHasNoDiskPressure", "NodeHasDiskPressure"]),
+    ("PIDPressure", ["NodeHasSufficientPID", "NodeHasInsufficientPID"]),
+    ("Ready", ["NodeNotReady", "NodeReady"]),
+];
+
 /// The node's task.
 pub struct NodeSync {
     context: Arc<Context>,
@@ -56,7 +64,7 @@ impl NodeSync {
             let mut not_ready = Jitter::new(NOT_READY_FIRST, NOT_READY_LIMIT);
             loop {
                 let wait = match self.turn().await {
-                    Ok(()) if self.is_ready() => {
+                    Ok(()) if node::holds(&self.status, "Ready") => {
                         retry.reset();
                         not_ready.reset();
                         LEASE_PERIOD
@@ -82,14 +90,6 @@ impl NodeSync {
             () = work => {}
             () = shutdown.cancelled() => {}
         }
-    }
-
-    fn is_ready(&self) -> bool {
-        self.status
-            .conditions
-            .iter()
-            .flatten()
-            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
     }
 
     fn path(&self) -> String {
@@ -156,7 +156,6 @@ impl NodeSync {
     }
 
     async fn write(&mut self, wanted: NodeStatus) -> Result<(), ApiError> {
-        let was_ready = self.is_ready();
         let mut body = serde_json::to_value(&wanted).map_err(ApiError::Decode)?;
         if let Value::Object(status) = &mut body
             && let Some(Value::Array(addresses)) = status.get_mut("addresses")
@@ -166,19 +165,19 @@ impl NodeSync {
         }
         let path = format!("{}/status", self.path());
         let _: IgnoredAny = self.context.api.patch(&path, PatchType::Strategic, &json!({"status": body})).await?;
-        self.status = wanted;
-        match (was_ready, self.is_ready()) {
-            (false, true) => {
-                tracing::info!(node = self.context.config.node_name, "node is ready");
-                self.tell("NodeReady", &format!("Node {} status is now: NodeReady", self.context.config.node_name));
+        let before = std::mem::replace(&mut self.status, wanted);
+        for (kind, reasons) in TOLD {
+            let [was, is] = [&before, &self.status].map(|status| node::holds(status, kind));
+            if was == is {
+                continue;
             }
-            (true, false) => {
-                self.tell(
-                    "NodeNotReady",
-                    &format!("Node {} status is now: NodeNotReady", self.context.config.node_name),
-                );
+            let reason = reasons[usize::from(is)];
+            if is == (kind == "Ready") {
+                tracing::info!(node = self.context.config.node_name, reason, "the node's condition has changed");
+            } else {
+                tracing::warn!(node = self.context.config.node_name, reason, "the node's condition has changed");
             }
-            _ => {}
+            self.tell(reason, &format!("Node {} status is now: {reason}", self.context.config.node_name));
         }
         Ok(())
     }

@@ -12,6 +12,8 @@ pub enum Kind {
     Put,
     /// Reads it back, linearizably.
     Get,
+    /// Reads it back as this member has it.
+    Read,
 }
 
 impl Kind {
@@ -19,6 +21,7 @@ impl Kind {
         match self {
             Kind::Put => "put",
             Kind::Get => "get",
+            Kind::Read => "read",
         }
     }
 }
@@ -65,7 +68,43 @@ where
         latencies.extend(task.await??);
     }
     let rate = latencies.len() as f64 / begin.elapsed().as_secs_f64();
+    Ok(figures(rate, latencies))
+}
+
+fn figures(rate: f64, mut latencies: Vec<Duration>) -> Figures {
     latencies.sort_unstable();
     let at = |part: usize| latencies.get(latencies.len() * part / 100).map_or(0.0, |time| time.as_secs_f64() * 1e3);
-    Ok(Figures { rate, p50: at(50), p99: at(99) })
+    Figures { rate, p50: at(50), p99: at(99) }
 }
+
+/// One put after the other, which so many watchers of their prefix see: deliveries a second, and the time from the
+/// beginning of a put to one of them. `put` is called with the number of the put; a watcher sends the numbers it sees.
+pub async fn fan_out<F, Fut>(watchers: usize, puts: usize, put: F, mut seen: Seen) -> Result<Figures>
+where
+    F: Fn(usize) -> Fut,
+    Fut: Future<Output = Result<()>>,
+{
+    let begin = Instant::now();
+    let writing = async {
+        let mut begun = Vec::new();
+        for n in 0..puts {
+            begun.push(Instant::now());
+            put(n).await?;
+        }
+        Result::Ok(begun)
+    };
+    let watching = async {
+        let mut deliveries = Vec::new();
+        while deliveries.len() < watchers * puts {
+            deliveries.push(seen.recv().await.ok_or("the watchers have ended")?);
+        }
+        Result::Ok(deliveries)
+    };
+    let (begun, deliveries) = tokio::try_join!(writing, watching)?;
+    let rate = deliveries.len() as f64 / begin.elapsed().as_secs_f64();
+    let latencies = deliveries.iter().filter_map(|(n, at)| Some(at.duration_since(*begun.get(*n)?))).collect();
+    Ok(figures(rate, latencies))
+}
+
+/// Deliveries: the number of the put, and when.
+pub type Seen = tokio::sync::mpsc::UnboundedReceiver<(usize, Instant)>;

@@ -1,10 +1,11 @@
-//! Committed puts of 1 KiB and linearizable gets a second, on one member and on three (processes of this program on loopback), and beside them
-//! etcd's on the same disk: `cargo run --release -p coracle-raft --example bench -- [directory] [seconds] [etcd binary]`.
+//! Committed puts of 1 KiB, linearizable gets, serializable reads and deliveries to 1,000 watchers of one prefix, a
+//! second, on one member and on three (processes of this program on loopback), and beside them etcd's on the same disk:
+//! `cargo run --release -p coracle-raft --example bench -- [directory] [seconds] [etcd binary]`.
 //! `… -- failover [directory] [rounds]` kills the leader of three and tells how long writes were refused.
 //!
 //! Every put goes to the leader, on its own key of a thousand per client, and counts when it is committed (synced by a
 //! majority) and applied. Ours come from tasks in the leader's process, which is how the API server uses it; etcd's come
-//! over gRPC from this process, as there is no other way to ask it.
+//! over gRPC from this process, as there is no other way to ask it; only puts compare, whose cost is elsewhere.
 
 mod etcd;
 mod load;
@@ -19,6 +20,9 @@ use member::Process;
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const CLIENTS: [usize; 4] = [1, 16, 128, 512];
+const WATCHERS: usize = 1000;
+/// Each is delivered to all watchers.
+const WATCHED_PUTS: usize = 300;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -44,11 +48,11 @@ fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Optio
         "{:>9} {:>8} {:>7} {:>4} {:>10} {:>10} {:>10}",
         "store", "members", "clients", "what", "a second", "p50 ms", "p99 ms"
     );
-    let row = |store: &str, members: usize, clients: usize, kind: Kind, figures: &str| {
+    let row = |store: &str, members: usize, clients: usize, what: &str, figures: &str| {
         let columns: Vec<&str> = figures.split(' ').collect();
         println!(
             "{store:>9} {members:>8} {clients:>7} {:>4} {:>10} {:>10} {:>10}",
-            kind.name(),
+            what,
             columns.first().unwrap_or(&""),
             columns.get(1).unwrap_or(&""),
             columns.get(2).unwrap_or(&"")
@@ -57,8 +61,11 @@ fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Optio
     for members in [1, 3] {
         let mut cluster = start(&dir.join(format!("coracle-{members}")), members)?;
         for (kind, clients) in calls() {
-            row("coracle", members, clients, kind, &cluster[0].ask(&format!("{} {clients} {seconds}", kind.name()))?);
+            let figures = cluster[0].ask(&format!("{} {clients} {seconds}", kind.name()))?;
+            row("coracle", members, clients, kind.name(), &figures);
         }
+        let figures = cluster[0].ask(&format!("fan {WATCHERS} {WATCHED_PUTS}"))?;
+        row("coracle", members, WATCHERS, "fan", &figures);
         let memory: Vec<String> = cluster.iter().map(|process| format!("{} MiB", process.resident() >> 20)).collect();
         println!("{:>9} {members:>8}         resident {}", "coracle", memory.join(", "));
         cluster.iter_mut().for_each(Process::kill);
@@ -66,8 +73,10 @@ fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Optio
             let cluster = etcd::Cluster::start(binary, &dir.join(format!("etcd-{members}")), members)?;
             for (kind, clients) in calls() {
                 let figures = runtime.block_on(cluster.run(kind, clients, Duration::from_secs(seconds)))?;
-                row("etcd", members, clients, kind, &figures.to_string());
+                row("etcd", members, clients, kind.name(), &figures.to_string());
             }
+            let figures = runtime.block_on(cluster.fan_out(WATCHERS, WATCHED_PUTS))?;
+            row("etcd", members, WATCHERS, "fan", &figures.to_string());
             let memory: Vec<String> = cluster.resident().iter().map(|bytes| format!("{} MiB", bytes >> 20)).collect();
             println!("{:>9} {members:>8}         resident {}", "etcd", memory.join(", "));
         }
@@ -76,7 +85,7 @@ fn puts(runtime: &tokio::runtime::Runtime, dir: &Path, seconds: u64, etcd: Optio
 }
 
 fn calls() -> impl Iterator<Item = (Kind, usize)> {
-    [Kind::Put, Kind::Get].into_iter().flat_map(|kind| CLIENTS.map(|clients| (kind, clients)))
+    [Kind::Put, Kind::Get, Kind::Read].into_iter().flat_map(|kind| CLIENTS.map(|clients| (kind, clients)))
 }
 
 /// Members with a vote each; the first one leads.

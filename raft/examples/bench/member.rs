@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_raft::{Connection, Dial, Node, Options, Peer};
-use coracle_store::{Op, Txn};
+use coracle_store::{Op, Txn, WatchRequest};
 use futures::future::BoxFuture;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -185,8 +185,9 @@ async fn obey(node: &Node, line: &str) -> Result<String> {
             Ok(id.to_string())
         }
         ["barrier"] => Ok(node.read_barrier().await?.to_string()),
-        [kind @ ("put" | "get"), clients, seconds] => {
-            let (node, puts) = (node.clone(), kind == "put");
+        ["fan", watchers, puts] => Ok(fan_out(node, watchers.parse()?, puts.parse()?).await?.to_string()),
+        [kind @ ("put" | "get" | "read"), clients, seconds] => {
+            let (node, puts, linearizable) = (node.clone(), kind == "put", kind == "get");
             let calls = move |client: usize, n: usize| {
                 let node = node.clone();
                 let key = format!("/bench/{client}/{n}");
@@ -194,7 +195,9 @@ async fn obey(node: &Node, line: &str) -> Result<String> {
                     if puts {
                         return put(&node, key.into()).await;
                     }
-                    node.read_barrier().await?;
+                    if linearizable {
+                        node.read_barrier().await?;
+                    }
                     node.store().get(key.as_bytes())?;
                     Ok(())
                 }
@@ -204,6 +207,31 @@ async fn obey(node: &Node, line: &str) -> Result<String> {
         }
         _ => Err(format!("unknown: {line}").into()),
     }
+}
+
+async fn fan_out(node: &Node, watchers: usize, puts: usize) -> Result<load::Figures> {
+    let (sender, seen) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..watchers {
+        let (start, end) = (Bytes::from_static(b"/fan/"), Bytes::from_static(b"/fan0"));
+        let mut watcher = node.store().watch(WatchRequest { start, end, from_revision: None })?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            let mut left = puts;
+            while left > 0 {
+                let Ok(batch) = watcher.next().await else { return };
+                for event in batch.events {
+                    let number =
+                        event.kv.key.strip_prefix(b"/fan/").and_then(|n| std::str::from_utf8(n).ok()?.parse().ok());
+                    if sender.send((number.unwrap_or(usize::MAX), std::time::Instant::now())).is_err() {
+                        return;
+                    }
+                    left -= 1;
+                }
+            }
+        });
+    }
+    drop(sender);
+    load::fan_out(watchers, puts, |n| put(node, format!("/fan/{n}").into()), seen).await
 }
 
 async fn put(node: &Node, key: Bytes) -> Result<()> {
