@@ -25,7 +25,6 @@
 //! # Tasks
 //! | task | owns | starts | ends |
 //! | --- | --- | --- | --- |
-//! | [`pki::ServerLeaf::keep_fresh`] | the serving certificate | with the listener | with the server |
 //! | certificate signers | nothing | [`Security::spawn_signer`] | with the server |
 
 pub mod attributes;

@@ -113,13 +113,12 @@ impl Security {
         tokio::spawn(follow(store, signer::PREFIX, leadership, shutdown.clone(), sweep))
     }
 
-    /// Binds the TLS listener and keeps its certificate, which is returned too, fresh until `shutdown`. What is no HTTP goes to `protocols`.
+    /// Binds the TLS listener; its certificate, which is returned too, is the caller's to renew. What is no HTTP goes to `protocols`.
     pub async fn listen(
         &self,
         address: SocketAddr,
         names: &ServingNames<'_>,
         protocols: Protocols,
-        shutdown: &tokio_util::sync::CancellationToken,
     ) -> Result<(Listener, Arc<ServerLeaf>), ListenError> {
         let server = server_name::dns_name(names.server_id);
         let configured = &[std::slice::from_ref(&server), names.configured].concat();
@@ -128,7 +127,6 @@ impl Security {
         let (authenticator, authorizer) = (self.authenticator.clone(), self.authorizer.clone());
         let listener = Listener::bind(address, leaf.clone(), authenticator, authorizer, Limits::default(), protocols);
         let listener = listener.await?;
-        tokio::spawn(leaf.clone().keep_fresh(shutdown.clone()));
         Ok((listener, leaf))
     }
 

@@ -257,14 +257,20 @@ impl Server {
         protocols.on(protocols::LINK, api.links().handler());
         protocols.on_path(join::PREFIX, join::door::doorkeeper(cluster.clone()));
         protocols.on_path(peering::PREFIX, peering::doorkeeper(cluster.clone()));
-        let (listener, leaf) = listen(&settings, &security, &cluster, protocols, &shutdown).await?;
-        Admin { cluster: cluster.clone(), settings: settings.clone(), leaf, again: again.clone() }.attach(&api);
+        let (listener, leaf) = listen(&settings, &security, &cluster, protocols).await?;
+        let admin = Admin { cluster: cluster.clone(), settings: settings.clone(), leaf, again: again.clone() };
+        admin.clone().attach(&api);
         cluster.keyring.write_files()?;
         let path = admin_kubeconfig(&settings.data_dir);
         security.write_admin_kubeconfig(&path, 0o600, &settings.local_url())?;
 
         let service = BoxCloneSyncService::new(api.clone());
-        let mut tasks = vec![("listener", tokio::spawn(listener.serve(service, shutdown.clone())))];
+        let keep = shutdown.clone().run_until_cancelled_owned(admin::certificates::keep(admin));
+        let keep = async move { keep.await.unwrap_or_default() };
+        let mut tasks = vec![
+            ("listener", tokio::spawn(listener.serve(service, shutdown.clone()))),
+            ("certificates", tokio::spawn(keep)),
+        ];
         let running = Running { settings, cluster, security, api, readiness, shutdown };
         running.start_background(&again, &mut tasks);
         let (raised, failing) = (running.clone(), failed.clone());
@@ -327,7 +333,6 @@ async fn listen(
     security: &Security,
     cluster: &Cluster,
     protocols: Protocols,
-    shutdown: &CancellationToken,
 ) -> anyhow::Result<(crate::apiserver::listener::Listener, Arc<crate::auth::pki::ServerLeaf>)> {
     let mut addresses = settings.node_ips();
     addresses.extend(cluster.address.parse::<SocketAddr>().ok().map(|address| address.ip()));
@@ -340,7 +345,7 @@ async fn listen(
         addresses: &addresses,
         configured: &settings.tls_san,
     };
-    Ok(security.listen(settings.listen(), &names, protocols, shutdown).await?)
+    Ok(security.listen(settings.listen(), &names, protocols).await?)
 }
 
 /// Connections of other servers go to the consensus engine, which tells those that were sent away so.

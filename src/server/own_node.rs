@@ -23,7 +23,7 @@ use crate::auth::{Identity, Security};
 /// A certificate for tunnels is replaced this often; it lives a year.
 const RENEW: Duration = Duration::from_secs(60 * 24 * 3600);
 /// How often its age is looked at; jumps of the clock make one long sleep unreliable.
-const CHECK: Duration = Duration::from_secs(6 * 3600);
+const CHECK: Duration = Duration::from_secs(60);
 
 /// Tells nodes with a server from others; a node may not say so itself (NodeRestriction).
 const ROLE: &str = "node-role.kubernetes.io/control-plane";

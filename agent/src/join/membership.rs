@@ -27,7 +27,7 @@ use crate::servers::resolve::Resolver;
 use crate::servers::{Dialer, NodeIdentity, ServerList, Servers, explain};
 
 /// How often the certificate's age is looked at; jumps of the clock make one long sleep unreliable.
-const CHECK: Duration = Duration::from_secs(600);
+const CHECK: Duration = Duration::from_secs(60);
 /// The shortest time between two looks.
 const MOMENT: Duration = Duration::from_secs(1);
 /// Delays between attempts at being admitted.

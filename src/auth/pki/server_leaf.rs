@@ -9,9 +9,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// How often the age of the leaf is looked at; wall-clock jumps make one long sleep unreliable.
-const CHECK: Duration = Duration::from_secs(6 * 60 * 60);
-
 /// The current serving certificate.
 pub struct ServerLeaf {
     keys: Arc<ClusterKeys>,
@@ -76,19 +73,6 @@ impl ServerLeaf {
     /// When the leaf ends.
     pub fn not_after(&self) -> SystemTime {
         self.current.read().not_after
-    }
-
-    /// Renews for as long as the process lives; runs as a task, ends with `shutdown`.
-    pub async fn keep_fresh(self: Arc<Self>, shutdown: tokio_util::sync::CancellationToken) {
-        loop {
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(CHECK) => {}
-            }
-            if let Err(error) = self.renew_if_due(SystemTime::now()) {
-                tracing::error!(%error, "renewing the serving certificate failed");
-            }
-        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! When certificates end, and new ones.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustls_pki_types::CertificateDer;
@@ -7,11 +9,14 @@ use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 
 use super::Admin;
-use crate::auth::pki::{PkiError, authority};
+use crate::auth::pki::{PkiError, authority, files};
 use crate::server::admin_kubeconfig;
 
 /// Less than this left is worth a warning; everything of ours is renewed long before.
 const SOON: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// How often certificates are compared with the clock, which may jump, or have gone on while the machine slept.
+const CHECK: Duration = Duration::from_secs(60);
 
 /// A certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +68,7 @@ pub fn list(admin: &Admin) -> Vec<CertificateView> {
         CertificateView::new("API server", admin.leaf.not_after(), now),
     ];
     all.extend(admin.cluster.peers.not_after().map(|end| CertificateView::new("to other servers", end, now)));
-    for path in [admin_kubeconfig(&admin.settings.data_dir), admin.settings.kubeconfig.clone()] {
+    for (path, _) in kubeconfigs(admin) {
         let name = format!("administrator in {}", path.display());
         all.extend(kubeconfig_certificate(&path).and_then(|pem| CertificateView::of_pem(&name, &pem, now)));
     }
@@ -83,16 +88,44 @@ pub fn kubeconfig_certificate(path: &std::path::Path) -> Option<Vec<u8>> {
 /// # Errors
 /// One cannot be issued or written.
 pub fn rotate(admin: &Admin) -> Result<(), PkiError> {
-    use crate::auth::pki::files;
     admin.leaf.renew(SystemTime::now())?;
     admin.cluster.peers.renew()?;
-    let (keys, settings) = (&admin.cluster.keyring.keys, &admin.settings);
-    let url = settings.local_url();
-    for (path, mode) in
-        [(admin_kubeconfig(&settings.data_dir), 0o600), (settings.kubeconfig.clone(), settings.kubeconfig_mode)]
-    {
-        let text = files::kubeconfig(keys, &url, &files::ADMIN, SystemTime::now())?;
+    let url = admin.settings.local_url();
+    for (path, mode) in kubeconfigs(admin) {
+        let text = files::kubeconfig(&admin.cluster.keyring.keys, &url, &files::ADMIN, SystemTime::now())?;
         files::write_durably(&path, text.as_bytes(), mode)?;
+    }
+    Ok(())
+}
+
+/// The administrator's files, and their modes.
+fn kubeconfigs(admin: &Admin) -> [(PathBuf, u32); 2] {
+    let settings = &admin.settings;
+    [(admin_kubeconfig(&settings.data_dir), 0o600), (settings.kubeconfig.clone(), settings.kubeconfig_mode)]
+}
+
+/// Keeps what this server serves and what its administrator holds good; those towards other servers look after themselves.
+pub async fn keep(admin: Admin) {
+    let admin = Arc::new(admin);
+    loop {
+        tokio::time::sleep(CHECK).await;
+        let admin = admin.clone();
+        // Files: a disk that hangs must not hold up a worker.
+        let renewed = tokio::task::spawn_blocking(move || renew_due(&admin, SystemTime::now())).await;
+        if let Ok(Err(error)) = renewed {
+            tracing::error!(error = format!("{error:#}"), "renewing certificates; trying on");
+        }
+    }
+}
+
+fn renew_due(admin: &Admin, now: SystemTime) -> anyhow::Result<()> {
+    admin.leaf.renew_if_due(now)?;
+    let url = admin.settings.local_url();
+    for (path, mode) in kubeconfigs(admin) {
+        // One that is not there yet appears when the server is ready, and one that was taken away stays away.
+        if path.exists() {
+            files::write_kubeconfig(&path, mode, &admin.cluster.keyring.keys, &url, &files::ADMIN, now)?;
+        }
     }
     Ok(())
 }
