@@ -20,6 +20,7 @@
 #   INSTALL_CORACLE_SKIP_ENABLE       true: neither enable nor start the service
 #   INSTALL_CORACLE_SKIP_START        true: do not start it
 #   INSTALL_CORACLE_FORCE_RESTART     true: restart it even when nothing changed
+#   INSTALL_CORACLE_PATIENCE          how many seconds to wait for the API, the node and the example (300)
 #   INSTALL_CORACLE_SKIP_SYSTEMD      true: start it detached, also where systemd runs
 #   CORACLE_*                         settings of the server or agent (CORACLE_DATA_DIR, CORACLE_NODE_NAME, ...), kept for
 #                                     its service, as are HTTP_PROXY, HTTPS_PROXY and NO_PROXY
@@ -32,8 +33,7 @@ KUBECONFIG_FILE=${CORACLE_KUBECONFIG_OUTPUT:-/etc/coracle/coracle.yaml}
 PORT=${CORACLE_HTTPS_LISTEN_PORT:-6443}
 BIN=$BIN_DIR/coracle
 HERE=$(dirname "$0")
-# How long to wait for anything, in seconds.
-PATIENCE=300
+PATIENCE=${INSTALL_CORACLE_PATIENCE:-300}
 TMP=
 
 say() { printf '%s\n' "$*"; }
@@ -54,6 +54,7 @@ escape() { printf '%s' "$1" | sed 's/[][!#$%&()*;<=>?\\_`{|}~]/\\&/g'; }
 
 check_machine() {
 	[ "$(id -u)" = 0 ] || die "needs root: run it with sudo"
+	case $PATIENCE in '' | *[!0-9]*) die "INSTALL_CORACLE_PATIENCE is '$PATIENCE': give a number of seconds" ;; esac
 	[ "$(uname -s)" = Linux ] || die "Coracle runs on Linux, this is $(uname -s)"
 	case $(uname -m) in
 	x86_64 | amd64) ARCH=amd64 ;;
@@ -348,7 +349,7 @@ wait_for() { # what test-function
 			say
 			fail_with_log "the $COMMAND has ended; its last words are above"
 		fi
-		if [ $(($(date +%s) - begin)) -ge $PATIENCE ]; then
+		if [ $(($(date +%s) - begin)) -ge "$PATIENCE" ]; then
 			say
 			say_why
 			fail_with_log "gave up waiting for $1 after $PATIENCE s"

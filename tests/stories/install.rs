@@ -54,8 +54,13 @@ impl Machine {
 
     /// `curl … | SHELL -s - ARGS` with settings; its output, or what it complains about.
     fn install(&self, shell: &[&str], settings: &[(&str, &str)], args: &[&str]) -> Result<String, String> {
+        self.run(&[shell, &["-s", "-"], args].concat(), settings)
+    }
+
+    /// The script on standard input of a command, with settings; its output, or what it complains about.
+    fn run(&self, line: &[&str], settings: &[(&str, &str)]) -> Result<String, String> {
         let mut command = self.host.command("env");
-        command.args(shell).args(["-s", "-"]).args(args).current_dir(self.dir.path());
+        command.args(line).current_dir(self.dir.path());
         command.stdin(std::fs::File::open(SCRIPT).unwrap());
         for (name, path) in [
             ("INSTALL_CORACLE_BIN_DIR", "bin"),
@@ -165,4 +170,14 @@ fn what_cannot_work_is_said_before_anything_is_installed() {
     let nothing = machine.install(&["dash"], &elsewhere, &[]).unwrap_err();
     assert!(nothing.contains("there is no"), "{nothing}");
     assert!(!machine.installed());
+}
+
+#[test]
+fn a_quick_start_that_gives_up_says_what_stands_in_the_way() {
+    let machine = Machine::new();
+    machine.publish("1");
+    let line = ["dash", SCRIPT, "--quickstart", "--node-taint=reserved=true:NoSchedule"];
+    let error = machine.run(&line, &[("INSTALL_CORACLE_PATIENCE", "10")]).unwrap_err();
+    assert!(error.contains("  0/1 nodes are available: 1 node(s) had untolerated taint(s)"), "{error}");
+    assert!(error.contains("gave up waiting for 3 pods to be available after 10 s"), "{error}");
 }
