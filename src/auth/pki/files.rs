@@ -120,17 +120,44 @@ pub fn write_kubeconfig(
     write_durably(path, kubeconfig(keys, server_url, user, now)?.as_bytes(), mode)
 }
 
-fn still_serves(text: &str, keys: &ClusterKeys, server_url: &str, now: SystemTime) -> bool {
-    let field =
-        |name: &str| text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':')).map(str::trim);
-    let decoded = |name: &str| STANDARD.decode(field(name)?).ok().and_then(|bytes| String::from_utf8(bytes).ok());
-    let Some(chain) = decoded("client-certificate-data") else { return false };
+/// Writes the kubeconfig at `path` anew if its certificate, one of this cluster's, is near its end or not valid yet. What
+/// else a user did to the file is left alone until then.
+pub fn renew_kubeconfig(
+    path: &Path,
+    mode: u32,
+    keys: &ClusterKeys,
+    server_url: &str,
+    user: &KubeconfigUser<'_>,
+    now: SystemTime,
+) -> Result<(), PkiError> {
+    let Ok(text) = std::fs::read_to_string(path) else { return Ok(()) };
+    match good_for_months(&text, keys, now) {
+        Some(false) => write_durably(path, kubeconfig(keys, server_url, user, now)?.as_bytes(), mode),
+        Some(true) | None => Ok(()),
+    }
+}
+
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+fn decoded(text: &str, name: &str) -> Option<String> {
+    STANDARD.decode(field(text, name)?).ok().and_then(|bytes| String::from_utf8(bytes).ok())
+}
+
+/// Whether the certificate of a kubeconfig is valid now and for months; none if it is not from this cluster's CA.
+fn good_for_months(text: &str, keys: &ClusterKeys, now: SystemTime) -> Option<bool> {
     use rustls_pki_types::pem::PemObject;
-    let Ok(leaf) = rustls_pki_types::CertificateDer::from_pem_slice(chain.as_bytes()) else { return false };
-    field("server") == Some(server_url)
-        && decoded("certificate-authority-data").as_deref() == Some(keys.server_ca.certificate_pem())
-        && chain.ends_with(keys.client_ca.certificate_pem())
-        && super::authority::validity(&leaf).is_some_and(|(from, until)| from <= now && until > now + RENEW_BEFORE)
+    let chain = decoded(text, "client-certificate-data").filter(|c| c.ends_with(keys.client_ca.certificate_pem()))?;
+    let leaf = rustls_pki_types::CertificateDer::from_pem_slice(chain.as_bytes()).ok()?;
+    let (from, until) = super::authority::validity(&leaf)?;
+    Some(from <= now && until > now + RENEW_BEFORE)
+}
+
+fn still_serves(text: &str, keys: &ClusterKeys, server_url: &str, now: SystemTime) -> bool {
+    field(text, "server") == Some(server_url)
+        && decoded(text, "certificate-authority-data").as_deref() == Some(keys.server_ca.certificate_pem())
+        && good_for_months(text, keys, now) == Some(true)
 }
 
 #[cfg(test)]
@@ -160,6 +187,34 @@ mod tests {
         let later = write(0o600, "https://127.0.0.1:7443", now + Duration::from_secs(300 * 86_400));
         assert_ne!(later, moved);
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_kubeconfig_is_renewed_when_its_end_is_near_and_not_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coracle.yaml");
+        let now = SystemTime::now();
+        let day = Duration::from_secs(86_400);
+        let url = "https://127.0.0.1:6443";
+        let keys = ClusterKeys::generate(now).unwrap();
+        let renew = |keys: &ClusterKeys, now| {
+            renew_kubeconfig(&path, 0o600, keys, url, &ADMIN, now).unwrap();
+            std::fs::read_to_string(&path).ok()
+        };
+        assert_eq!(renew(&keys, now), None, "what is not there does not appear");
+        write_kubeconfig(&path, 0o600, &keys, url, &ADMIN, now).unwrap();
+        let edited = std::fs::read_to_string(&path).unwrap().replace("127.0.0.1", "192.0.2.7");
+        std::fs::write(&path, &edited).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(renew(&keys, now + 200 * day).as_deref(), Some(&*edited));
+        assert_eq!(mode(&path), 0o644);
+        let other = ClusterKeys::generate(now).unwrap();
+        assert_eq!(renew(&other, now + 400 * day).as_deref(), Some(&*edited), "another cluster's");
+        for then in [now + 400 * day, now] {
+            let renewed = renew(&keys, then).unwrap();
+            assert_eq!(good_for_months(&renewed, &keys, then), Some(true));
+            assert_ne!(renewed, edited);
+        }
     }
 
     #[test]

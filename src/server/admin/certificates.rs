@@ -122,10 +122,7 @@ fn renew_due(admin: &Admin, now: SystemTime) -> anyhow::Result<()> {
     admin.leaf.renew_if_due(now)?;
     let url = admin.settings.local_url();
     for (path, mode) in kubeconfigs(admin) {
-        // One that is not there yet appears when the server is ready, and one that was taken away stays away.
-        if path.exists() {
-            files::write_kubeconfig(&path, mode, &admin.cluster.keyring.keys, &url, &files::ADMIN, now)?;
-        }
+        files::renew_kubeconfig(&path, mode, &admin.cluster.keyring.keys, &url, &files::ADMIN, now)?;
     }
     Ok(())
 }
