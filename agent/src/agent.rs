@@ -110,7 +110,9 @@ pub async fn run(mut config: AgentConfig, access: Access, shutdown: Cancellation
     }
     if let Some(servers) = servers {
         tasks.spawn(crate::servers::learn::run(client.clone(), servers.list.clone(), shutdown.clone()));
-        tasks.spawn(crate::link::dial::run(servers, service, shutdown.clone()));
+        let lost = crate::link::dial::Lost::default();
+        tasks.spawn(network.clone().avoid_servers(lost.subscribe(), shutdown.clone()));
+        tasks.spawn(crate::link::dial::run(servers, service, lost, shutdown.clone()));
     }
     tasks.spawn(Manager::new(context, board, shutdown.clone()).run(client, static_pods));
     tasks.close();

@@ -62,6 +62,12 @@ pub enum KillCause {
     Probe(ProbeKind),
 }
 
+/// Whether a container is killed to be started anew at once.
+pub fn replaces(steps: &[Step]) -> bool {
+    let started = |name: &String| steps.iter().any(|step| matches!(step, Step::Start { name: n, .. } if n == name));
+    steps.iter().any(|step| matches!(step, Step::Kill { name, cause: KillCause::Other, .. } if started(name)))
+}
+
 /// What to do now, and when to look again.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {

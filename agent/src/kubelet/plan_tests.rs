@@ -238,6 +238,7 @@ fn changed_limits_are_applied_in_place_unless_the_policy_asks_for_a_restart() {
     let message = "Container c resize requires restart, will be restarted".to_owned();
     let kill = Step::Kill { id: "c-0".into(), name: "c".into(), message, cause: KillCause::Other };
     assert_eq!(steps("RestartContainer"), [kill, start("c", ContainerKind::Regular)]);
+    assert!(replaces(&steps("RestartContainer")) && !replaces(&steps("NotRequired")));
 }
 
 #[test]

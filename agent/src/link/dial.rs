@@ -1,8 +1,10 @@
 //! Keeps one tunnel to every known server.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -17,8 +19,11 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 /// A tunnel that stood this long was good: the next attempt comes soon.
 const STABLE: Duration = Duration::from_secs(30);
 
-/// Serves `service` to every server of the list, and follows the list, until shutdown.
-pub async fn run(servers: Servers, service: NodeService, shutdown: CancellationToken) {
+/// Servers whose tunnel broke and does not stand again yet.
+pub type Lost = watch::Sender<BTreeSet<SocketAddr>>;
+
+/// Serves `service` to every server of the list, and follows the list, until shutdown; tells in `lost` who went away.
+pub async fn run(servers: Servers, service: NodeService, lost: Lost, shutdown: CancellationToken) {
     let tasks = TaskTracker::new();
     let mut changes = servers.list.changes();
     let mut links: BTreeMap<String, CancellationToken> = BTreeMap::new();
@@ -35,7 +40,8 @@ pub async fn run(servers: Servers, service: NodeService, shutdown: CancellationT
         for address in wanted {
             links.entry(address.clone()).or_insert_with(|| {
                 let stop = shutdown.child_token();
-                let link = keep(servers.clone(), address, service.clone());
+                let mark = Mark { server: address.parse().ok(), lost: lost.clone() };
+                let link = keep(servers.clone(), address, service.clone(), mark);
                 tasks.spawn(stop.clone().run_until_cancelled_owned(link));
                 stop
             });
@@ -50,7 +56,7 @@ pub async fn run(servers: Servers, service: NodeService, shutdown: CancellationT
 }
 
 /// The tunnel to one server, for ever.
-async fn keep(servers: Servers, address: String, service: NodeService) {
+async fn keep(servers: Servers, address: String, service: NodeService, mark: Mark) {
     let mut retry = Jitter::new(RETRY.0, RETRY.1);
     let mut identity = servers.dialer.identity().changed();
     loop {
@@ -59,10 +65,14 @@ async fn keep(servers: Servers, address: String, service: NodeService) {
         match servers.dialer.dial(&address, Protocol::Link).await {
             Ok(stream) => {
                 tracing::debug!(server = address, "tunnel stands");
+                mark.set(false);
                 tokio::select! {
-                    result = serve::serve(stream, service.clone()) => if let Err(error) = result {
-                        tracing::debug!(error = explain(&error), server = address, "tunnel ended");
-                    },
+                    result = serve::serve(stream, service.clone()) => {
+                        mark.set(true);
+                        if let Err(error) = result {
+                            tracing::debug!(error = explain(&error), server = address, "tunnel ended");
+                        }
+                    }
                     // The old certificate would outlive its end.
                     _ = identity.changed() => {}
                 }
@@ -73,5 +83,25 @@ async fn keep(servers: Servers, address: String, service: NodeService) {
             retry.reset();
         }
         tokio::time::sleep(retry.delay()).await;
+    }
+}
+
+/// One server's place among the lost ones; it is given up when nobody keeps a tunnel to it any more.
+struct Mark {
+    /// None for a server that is configured by name: the endpoints of the API have addresses.
+    server: Option<SocketAddr>,
+    lost: Lost,
+}
+
+impl Mark {
+    fn set(&self, is_lost: bool) {
+        let Some(server) = self.server else { return };
+        self.lost.send_if_modified(|lost| if is_lost { lost.insert(server) } else { lost.remove(&server) });
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.set(false);
     }
 }

@@ -1,7 +1,7 @@
 //! The node's network as one handle: what the runtime and the kubelet hold.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -146,6 +146,15 @@ impl Network {
             dns::start(&config.cluster_domain, &config.cluster_dns, config.resolv_conf.clone(), events, shutdown);
         }
         Ok(())
+    }
+
+    /// Keeps new connections to the Service of the API away from `lost` servers, until shutdown: this node may know sooner
+    /// than the cluster that one is gone, or be parted from one that others reach.
+    pub async fn avoid_servers(self, mut lost: watch::Receiver<BTreeSet<SocketAddr>>, shutdown: CancellationToken) {
+        let Some(proxy) = self.inner.proxy.clone() else { return };
+        while let Some(Ok(())) = shutdown.run_until_cancelled(lost.changed()).await {
+            proxy.tell(proxy::Input::Lost(lost.borrow_and_update().clone()));
+        }
     }
 
     fn take_own_node(&self, event: &Event) {

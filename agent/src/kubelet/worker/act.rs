@@ -1,7 +1,7 @@
 //! Starts what a stage asks for. One action at a time.
 
 use std::collections::BTreeSet;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +13,10 @@ use crate::kubelet::stop::{self, StopRequest};
 use crate::kubelet::{containers, report};
 use crate::runtime::ContainerState;
 use crate::volume::pod_volumes;
+
+/// How long a status is held back while a container is replaced because its definition changed. Upstream looks at
+/// containers once a second, so such a pod seldom shows that it was not ready in between, and its Services keep it.
+const REPLACEMENT_DELAY: Duration = Duration::from_secs(1);
 
 impl Worker {
     pub(super) fn plan(&mut self) {
@@ -46,6 +50,9 @@ impl Worker {
             {
                 self.backoffs.escalate(name, dead.finished_at.unwrap_or(dead.created_at), now);
             }
+        }
+        if plan::replaces(&plan.steps) {
+            self.report_at.get_or_insert(instant + REPLACEMENT_DELAY);
         }
         let Some(mut tools) = self.tools.take() else { return };
         let cancel = CancellationToken::new();

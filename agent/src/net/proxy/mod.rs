@@ -24,7 +24,8 @@ pub mod model;
 pub mod plan;
 pub mod tables;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::config::NetworkConfig;
@@ -57,6 +58,8 @@ pub(super) enum Input {
     Pod(String, Option<LocalPod>),
     /// The zone that this node is in.
     Zone(Option<String>),
+    /// API servers that this node cannot reach.
+    Lost(BTreeSet<SocketAddr>),
     /// Another program changed our tables.
     Disturbed,
     /// Tables that others can flush, as on kernels before 6.9.
@@ -90,6 +93,8 @@ pub(super) fn start(
         kernel,
         node_name: config.node_name.clone(),
         listed: Listed::default(),
+        servers: BTreeMap::new(),
+        lost: BTreeSet::new(),
         built: false,
         #[cfg(test)]
         barriers: Vec::new(),
@@ -139,6 +144,9 @@ struct Worker {
     kernel: Kernel,
     node_name: String,
     listed: Listed,
+    /// The slices of the API's Service, with servers that are lost.
+    servers: BTreeMap<Key, Slice>,
+    lost: BTreeSet<SocketAddr>,
     /// The kernel holds what the plan says.
     built: bool,
     #[cfg(test)]
@@ -215,6 +223,12 @@ impl Worker {
             Input::Slice(event) => self.slice(event),
             Input::Pod(uid, pod) => self.plan.set_pod(&uid, pod),
             Input::Zone(zone) => self.plan.set_zone(zone),
+            Input::Lost(lost) => {
+                self.lost = lost;
+                for (key, slice) in &self.servers {
+                    self.plan.set_slice(key, Some(slice.without(&self.lost)));
+                }
+            }
             Input::Disturbed => self.built = false,
             #[cfg(test)]
             Input::Unprotected => {
@@ -259,7 +273,7 @@ impl Worker {
             Event::Synced => {
                 self.listed.slices_once = true;
                 for key in self.listed.slices.take().unwrap_or_default() {
-                    self.plan.set_slice(&key, None);
+                    self.set_slice(&key, None);
                 }
             }
             Event::Applied(object) => {
@@ -268,14 +282,27 @@ impl Worker {
                     unseen.remove(&key);
                 }
                 match Slice::parse(&object.json, &self.node_name) {
-                    Ok(slice) => self.plan.set_slice(&key, slice),
+                    Ok(slice) => self.set_slice(&key, slice),
                     Err(error) => tracing::warn!(slice = %key, %error, "cannot read EndpointSlice"),
                 }
             }
             Event::Deleted(object) => {
-                self.plan.set_slice(&Key { namespace: object.namespace, name: object.name }, None);
+                self.set_slice(&Key { namespace: object.namespace, name: object.name }, None);
             }
         }
+    }
+
+    fn set_slice(&mut self, key: &Key, slice: Option<Slice>) {
+        self.servers.remove(key);
+        let shown = match slice {
+            Some(slice) if slice.is_of_the_api() => {
+                let shown = slice.without(&self.lost);
+                self.servers.insert(key.clone(), slice);
+                Some(shown)
+            }
+            other => other,
+        };
+        self.plan.set_slice(key, shown);
     }
 
     /// Tables that belong to nobody are flushed by whoever reloads a firewall: have that told.

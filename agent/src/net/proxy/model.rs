@@ -1,6 +1,7 @@
 //! What the proxy keeps of Services and EndpointSlices, read from their JSON.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -287,6 +288,20 @@ struct RawConditions {
 }
 
 impl Slice {
+    /// Whether the endpoints are API servers.
+    pub fn is_of_the_api(&self) -> bool {
+        self.service.namespace == "default" && self.service.name == "kubernetes"
+    }
+
+    /// Without the endpoints at these addresses, unless nobody ready would be left.
+    #[must_use]
+    pub fn without(&self, lost: &BTreeSet<SocketAddr>) -> Self {
+        let gone =
+            |endpoint: &Endpoint| self.ports.iter().any(|port| lost.contains(&SocketAddr::new(endpoint.ip, port.port)));
+        let endpoints: Vec<Endpoint> = self.endpoints.iter().filter(|endpoint| !gone(endpoint)).cloned().collect();
+        if endpoints.iter().any(|endpoint| endpoint.ready) { Self { endpoints, ..self.clone() } } else { self.clone() }
+    }
+
     /// Reads an EndpointSlice; `None` when it belongs to no Service or holds no addresses.
     pub fn parse(json: &[u8], node_name: &str) -> Result<Option<Self>, serde_json::Error> {
         let raw: RawSlice = serde_json::from_slice(json)?;
@@ -349,5 +364,22 @@ mod tests {
         let slice = Slice::parse(json.as_bytes(), "me").unwrap().unwrap();
         let seen: Vec<_> = slice.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating, e.local)).collect();
         assert_eq!(seen, [(true, true, false, true), (false, true, true, false), (false, false, false, false)]);
+    }
+
+    #[test]
+    fn lost_servers_are_avoided_while_another_is_left() {
+        let json = r#"{"metadata":{"namespace":"default","labels":{"kubernetes.io/service-name":"kubernetes"}},
+            "addressType":"IPv4","ports":[{"name":"https","port":6443}],"endpoints":[{"addresses":["10.0.0.1"]},
+            {"addresses":["10.0.0.2"]},{"addresses":["10.0.0.3"],"conditions":{"ready":false}}]}"#;
+        let slice = Slice::parse(json.as_bytes(), "me").unwrap().unwrap();
+        assert!(slice.is_of_the_api());
+        let left = |lost: &[&str]| {
+            let slice = slice.without(&lost.iter().map(|text| text.parse().unwrap()).collect());
+            slice.endpoints.iter().map(|endpoint| endpoint.ip.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(left(&["10.0.0.1:6443"]), ["10.0.0.2", "10.0.0.3"]);
+        let all = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+        assert_eq!(left(&["10.0.0.1:7443"]), all, "another port is another server");
+        assert_eq!(left(&["10.0.0.1:6443", "10.0.0.2:6443"]), all, "one that is not ready is no way out");
     }
 }
