@@ -96,6 +96,18 @@ impl Peers {
         keys.map_or(Ok(()), |keys| self.set_keys(&keys))
     }
 
+    /// Makes the certificate anew when two thirds of its life are over.
+    ///
+    /// # Errors
+    /// It cannot be issued.
+    pub fn renew_if_due(&self) -> Result<(), PkiError> {
+        let due = self.tls.read().as_ref().is_some_and(|tls| {
+            let life = tls.not_after.duration_since(tls.issued).unwrap_or_default();
+            SystemTime::now() > tls.issued + life * 2 / 3
+        });
+        if due { self.renew() } else { Ok(()) }
+    }
+
     /// When this server's client certificate ends.
     pub fn not_after(&self) -> Option<SystemTime> {
         self.tls.read().as_ref().map(|tls| tls.not_after)
@@ -130,13 +142,7 @@ impl Peers {
     }
 
     fn config(&self, speaks: Speaks) -> io::Result<Arc<ClientConfig>> {
-        let due = {
-            let tls = self.tls.read();
-            let tls = tls.as_ref().ok_or_else(|| io::Error::other("this server has no keys yet"))?;
-            let life = tls.not_after.duration_since(tls.issued).unwrap_or_default();
-            SystemTime::now() > tls.issued + life * 2 / 3
-        };
-        if due && let Err(error) = self.renew() {
+        if let Err(error) = self.renew_if_due() {
             tracing::error!(%error, "renewing the certificate towards the other servers");
         }
         let tls = self.tls.read();

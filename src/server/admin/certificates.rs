@@ -104,7 +104,7 @@ fn kubeconfigs(admin: &Admin) -> [(PathBuf, u32); 2] {
     [(admin_kubeconfig(&settings.data_dir), 0o600), (settings.kubeconfig.clone(), settings.kubeconfig_mode)]
 }
 
-/// Keeps what this server serves and what its administrator holds good; those towards other servers look after themselves.
+/// Keeps what this server serves and shows, and what its administrator holds, good.
 pub async fn keep(admin: Admin) {
     let admin = Arc::new(admin);
     loop {
@@ -120,6 +120,7 @@ pub async fn keep(admin: Admin) {
 
 fn renew_due(admin: &Admin, now: SystemTime) -> anyhow::Result<()> {
     admin.leaf.renew_if_due(now)?;
+    admin.cluster.peers.renew_if_due()?;
     let url = admin.settings.local_url();
     for (path, mode) in kubeconfigs(admin) {
         files::renew_kubeconfig(&path, mode, &admin.cluster.keyring.keys, &url, &files::ADMIN, now)?;
